@@ -3,3 +3,5 @@
 
 Read `lowbits.formats`, `lowbits.quantizers`, `lowbits.nn` and `lowbits.recipes` in this order; they need torch alone.
 """
+
+__all__: list[str] = []

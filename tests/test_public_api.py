@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every package says what is public: `__all__` is complete (ruff sorts it), each name documented and typed."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable, Iterator
+from types import ModuleType
+
+import pytest
+
+import lowbits
+
+PACKAGES = ["lowbits"] + [f"lowbits.{name}" for _, name, package in pkgutil.iter_modules(lowbits.__path__) if package]
+
+
+def is_ours(value: object) -> bool:
+    """Tell classes, functions and instances of the library from what it imports."""
+    owner = value if isinstance(value, type) or inspect.isfunction(value) else type(value)
+    return owner.__module__.split(".")[0] == "lowbits"
+
+
+def own_doc(cls: type) -> str:
+    """Return the docstring that a class itself states, not one inherited or made by `dataclass`."""
+    doc = cls.__dict__.get("__doc__") or ""
+    return "" if doc.startswith(f"{cls.__name__}(") else doc
+
+
+def functions(name: str, value: object) -> Iterator[tuple[str, Callable[..., object]]]:
+    """Yield the public functions that a public name brings: itself, or its methods and properties."""
+    if inspect.isfunction(value):
+        yield name, value
+    elif isinstance(value, type):
+        for key, member in vars(value).items():
+            if key.startswith("_"):
+                continue
+            member = member.fget if isinstance(member, property) else getattr(member, "__func__", member)
+            if inspect.isfunction(member):
+                yield f"{name}.{key}", member
+
+
+def complaints(module: ModuleType) -> Iterator[str]:
+    """Yield what is undocumented or untyped among the public names of a package."""
+    for name in module.__all__:
+        value = getattr(module, name)
+        if isinstance(value, type) and not own_doc(value):
+            yield f"{name}: no docstring"
+        for where, function in functions(name, value):
+            if not inspect.getdoc(function):
+                yield f"{where}: no docstring"
+            signature = inspect.signature(function)
+            untyped = [p.name for p in signature.parameters.values() if p.annotation is p.empty]
+            if signature.return_annotation is signature.empty:
+                untyped.append("return")
+            if missing := [p for p in untyped if p not in ("self", "cls")]:
+                yield f"{where}: no type for {', '.join(missing)}"
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_all_is_complete(package: str) -> None:
+    module = importlib.import_module(package)
+    public = {
+        name
+        for name, value in vars(module).items()
+        if not name.startswith("_") and not inspect.ismodule(value) and is_ours(value)
+    }
+    assert module.__doc__, f"{package} has no docstring"
+    assert all(hasattr(module, name) for name in module.__all__)
+    assert public <= set(module.__all__), f"{package} binds public names that __all__ leaves out"
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_public_names_are_documented_and_typed(package: str) -> None:
+    wrong = list(complaints(importlib.import_module(package)))
+    assert not wrong, f"{package}:\n" + "\n".join(wrong)
