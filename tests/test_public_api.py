@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
 import pkgutil
@@ -16,10 +17,16 @@ import lowbits
 PACKAGES = ["lowbits"] + [f"lowbits.{name}" for _, name, package in pkgutil.iter_modules(lowbits.__path__) if package]
 
 
-def is_ours(value: object) -> bool:
-    """Tell classes, functions and instances of the library from what it imports."""
-    owner = value if isinstance(value, type) or inspect.isfunction(value) else type(value)
-    return owner.__module__.split(".")[0] == "lowbits"
+def bound(module: ModuleType) -> Iterator[str]:
+    """Yield the public names that an `__init__` defines, or imports from its own private modules."""
+    for node in ast.parse(inspect.getsource(module)).body:
+        if isinstance(node, ast.ImportFrom) and f"{node.module}.".startswith(f"{module.__name__}."):
+            yield from (alias.asname or alias.name for alias in node.names)
+        elif isinstance(node, ast.ClassDef | ast.FunctionDef):
+            yield node.name
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            yield from (target.id for target in targets if isinstance(target, ast.Name))
 
 
 def own_doc(cls: type) -> str:
@@ -61,14 +68,11 @@ def complaints(module: ModuleType) -> Iterator[str]:
 @pytest.mark.parametrize("package", PACKAGES)
 def test_all_is_complete(package: str) -> None:
     module = importlib.import_module(package)
-    public = {
-        name
-        for name, value in vars(module).items()
-        if not name.startswith("_") and not inspect.ismodule(value) and is_ours(value)
-    }
+    public = {name for name in bound(module) if not name.startswith("_")}
     assert module.__doc__, f"{package} has no docstring"
     assert all(hasattr(module, name) for name in module.__all__)
-    assert public <= set(module.__all__), f"{package} binds public names that __all__ leaves out"
+    missing = public - set(module.__all__)
+    assert not missing, f"{package}.__all__ leaves out {sorted(missing)}"
 
 
 @pytest.mark.parametrize("package", PACKAGES)
