@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Multiply two quantized operands.
+
+Shapes: M rows of the left operand, N rows of the right one, K the contraction. Two ways to run:
+
+- simulated: decode both operands to the compute dtype and multiply. Any recipe, any device, no speed gained.
+- native: multiply the codes on integer or FP8 units and apply the scales to the sums,
+
+        y[m, n] = scale_lhs[m] scale_rhs[n] sum_k lhs[m, k] rhs[n, k],
+
+  which needs scales that are constant along the contraction: `PerTensor` or `PerRow`, and no zero point.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from lowbits.errors import NativeError
+from lowbits.formats import E4M3, E5M2, Format, IntFormat
+from lowbits.quantizers import AbsMean, Amax, PerRow, PerTensor, PowerOfTwo, QTensor, QuantSpec
+
+_FLOAT8: dict[Format, torch.dtype] = {E4M3: torch.float8_e4m3fn, E5M2: torch.float8_e5m2}
+_INT32_TERMS = (2**31 - 1) // 128**2  # longest sum of int8 products that cannot overflow int32
+
+
+class Execution(Enum):
+    """How the GEMMs of a recipe run."""
+
+    SIMULATED = "simulated"
+    NATIVE = "native"
+
+
+def illegal_on_hardware(lhs: QuantSpec | None, rhs: QuantSpec | None) -> str | None:
+    """Say why a GEMM of these operands cannot run on integer or FP8 units; None if it can.
+
+    Args:
+        lhs: how the left operand is quantized, None for high precision.
+        rhs: the right operand's.
+    """
+    if lhs is None or rhs is None:
+        return "an operand is in high precision"
+    for spec in (lhs, rhs):
+        if not isinstance(spec.granularity, PerTensor | PerRow):
+            return f"the scales of `{spec}` vary along the contraction"
+        if not isinstance(spec.scale, Amax | PowerOfTwo | AbsMean):
+            return f"`{spec}` has a zero point"
+        if isinstance(spec.format, IntFormat) and spec.format.max > 127:
+            return f"`{spec}` does not fit signed 8-bit operands"
+    if lhs.transform != rhs.transform:
+        return "the operands are rotated differently"
+    integers = [isinstance(spec.format, IntFormat) for spec in (lhs, rhs)]
+    if all(integers) or all(spec.format in _FLOAT8 for spec in (lhs, rhs)):
+        return None
+    return f"there is no unit for {lhs.format.name} x {rhs.format.name}"
+
+
+def scaled_mm(lhs: Tensor | QTensor, rhs: Tensor | QTensor, dtype: torch.dtype, execution: Execution) -> Tensor:
+    """Return lhs @ rhs.T.
+
+    Args:
+        lhs: [M, K], a tensor in high precision or a quantized one.
+        rhs: [N, K], likewise.
+        dtype: of the result, and of the decoded operands when simulated.
+        execution: NATIVE runs on the codes or raises; it never falls back.
+    Returns:
+        [M, N] of `dtype`.
+    Raises:
+        NativeError: native was asked for and scales, formats or device do not allow it.
+    """
+    if execution is Execution.NATIVE:
+        return _native(lhs, rhs, dtype)
+    if isinstance(lhs, QTensor) and isinstance(rhs, QTensor) and lhs.spec.transform == rhs.spec.transform:
+        return lhs.rotated().to(dtype) @ rhs.rotated().to(dtype).t()  # orthonormal rotations cancel in the product
+    return _decoded(lhs, dtype) @ _decoded(rhs, dtype).t()
+
+
+def _decoded(x: Tensor | QTensor, dtype: torch.dtype) -> Tensor:
+    return (x.dequantize() if isinstance(x, QTensor) else x).to(dtype)
+
+
+def _native(lhs: Tensor | QTensor, rhs: Tensor | QTensor, dtype: torch.dtype) -> Tensor:
+    specs = [x.spec if isinstance(x, QTensor) else None for x in (lhs, rhs)]
+    reason = illegal_on_hardware(*specs)
+    if reason is not None or not isinstance(lhs, QTensor) or not isinstance(rhs, QTensor):
+        raise NativeError(f"this GEMM cannot run natively: {reason}. Use Execution.SIMULATED or another recipe.")
+    if isinstance(lhs.spec.format, IntFormat):
+        return _int8_mm(lhs, rhs, dtype)
+    return _float8_mm(lhs, rhs, dtype)
+
+
+def _int8_mm(lhs: QTensor, rhs: QTensor, dtype: torch.dtype) -> Tensor:
+    """Exact int32 sums, then the scales in float32: the only rounding is the epilogue's."""
+    terms = lhs.values.shape[1]
+    if terms > _INT32_TERMS:
+        raise NativeError(f"int8 sums of {terms} products can overflow int32; {_INT32_TERMS} is the longest. Simulate.")
+    # CUDA's int8 GEMM takes K and N in multiples of 8 and M above 16; zeros add nothing to the sums.
+    m, n = lhs.values.shape[0], rhs.values.shape[0]
+    a = pad(lhs.values.to(torch.int8), (0, -terms % 8, 0, max(17 - m, 0)))
+    b = pad(rhs.values.to(torch.int8), (0, -terms % 8, 0, -n % 8))
+    sums = torch.ops.aten._int_mm(a, b.t())[:m, :n]
+    return (sums.float() * lhs.scale * rhs.scale.t()).to(dtype)
+
+
+def _float8_mm(lhs: QTensor, rhs: QTensor, dtype: torch.dtype) -> Tensor:
+    device = lhs.values.device
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
+        raise NativeError(f"{device} has no FP8 GEMM (needs CUDA capability 8.9). Use Execution.SIMULATED.")
+    m, n, terms = lhs.values.shape[0], rhs.values.shape[0], lhs.values.shape[1]
+    a = pad(lhs.values, (0, -terms % 16)).to(_FLOAT8[lhs.spec.format])
+    b = pad(rhs.values, (0, -terms % 16, 0, -n % 16)).to(_FLOAT8[rhs.spec.format])
+    tensorwise = lhs.scale.numel() == 1 and rhs.scale.numel() == 1
+    scale_a = lhs.scale if tensorwise else lhs.scale.expand(m, 1).contiguous()
+    scale_b = rhs.scale if tensorwise else pad(rhs.scale.expand(n, 1), (0, 0, 0, -n % 16)).t().contiguous()
+    return torch.ops.aten._scaled_mm(a, b.t(), scale_a=scale_a, scale_b=scale_b, out_dtype=torch.bfloat16)[:, :n].to(
+        dtype
+    )

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A linear layer whose three GEMMs follow a recipe.
+
+All numerics sit in one autograd function. Gradients pass every rounding unchanged (straight-through estimator); with
+amax scales nothing saturates, so there is no mask.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from lowbits.errors import ShapeError
+from lowbits.kernels import Execution, scaled_mm
+from lowbits.nn._recipe import Recipe, Save
+from lowbits.quantizers import Noise, PackedTensor, QTensor, QuantSpec, Rounding, quantize
+
+ROLES = ("fprop.lhs", "fprop.rhs", "dgrad.lhs", "dgrad.rhs", "wgrad.lhs", "wgrad.rhs")
+
+
+class _Plan(NamedTuple):
+    """What the autograd function needs beside its tensors."""
+
+    recipe: Recipe
+    streams: dict[str, Noise]
+    dtype: torch.dtype
+
+
+class QuantizedLinear(nn.Linear):
+    """`nn.Linear` under a recipe; made from one by `convert_`, which keeps its parameters and `state_dict` keys.
+
+    Attributes:
+        recipe: assign `Recipe()` to switch the quantizers off.
+        layer_name: the module's path, which names it in errors and keys its random bits.
+    """
+
+    recipe: Recipe
+    layer_name: str
+    streams: dict[str, Noise]
+    noise_step: Tensor
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return input W^T + b in the compute dtype, [..., in] -> [..., out]."""
+        return quantized_linear(self, input, self.weight)
+
+    def extra_repr(self) -> str:
+        """Show the recipe beside the sizes."""
+        return f"{super().extra_repr()}, recipe=[{self.recipe}]"
+
+
+class QuantizedConv1D(nn.Module):
+    """transformers' `Conv1D` (GPT-2), a linear layer that stores its weight as [in, out], under a recipe."""
+
+    recipe: Recipe
+    layer_name: str
+    streams: dict[str, Noise]
+    noise_step: Tensor
+    weight: nn.Parameter
+    bias: nn.Parameter
+
+    @property
+    def in_features(self) -> int:
+        """Size of the contraction of fprop."""
+        return self.weight.shape[0]
+
+    @property
+    def out_features(self) -> int:
+        """Size of the result."""
+        return self.weight.shape[1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x W + b in the compute dtype, [..., in] -> [..., out]."""
+        return quantized_linear(self, x, self.weight.t())
+
+    def extra_repr(self) -> str:
+        """Show sizes and recipe."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, recipe=[{self.recipe}]"
+
+
+QuantizedLayer = QuantizedLinear | QuantizedConv1D
+
+
+def quantized_linear(layer: QuantizedLayer, x: Tensor, weight: Tensor) -> Tensor:
+    """Run `layer`'s three GEMMs on x [..., in] and weight [out, in]; the compute dtype is autocast's, or x's."""
+    if layer.recipe.plain:
+        return linear(x, weight, layer.bias)
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    plan = _Plan(layer.recipe, layer.streams, dtype)
+    try:
+        y = _QuantizedMatmul.apply(x.reshape(-1, x.shape[-1]), weight, layer.noise_step, plan)
+    except ShapeError as error:
+        raise ShapeError(f"{layer.layer_name}: {error}") from None
+    y = y.view(*x.shape[:-1], weight.shape[0])
+    return y if layer.bias is None else y + layer.bias.to(dtype)
+
+
+class _QuantizedMatmul(torch.autograd.Function):
+    """y[M, N] = x[M, K] w[N, K]^T and its two backward GEMMs, each operand quantized as the recipe says."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, step: Tensor, plan: _Plan) -> Tensor:  # type: ignore[override]
+        recipe = plan.recipe
+        qx = _operand(x, recipe.fprop.lhs, plan, "fprop.lhs", step)
+        qw = _operand(w, recipe.fprop.rhs, plan, "fprop.rhs", step)
+        ctx.plan, ctx.dtypes = plan, (x.dtype, w.dtype)
+        if recipe.save is Save.QUANTIZED:
+            packed = [q.pack() for q in (qx, qw) if isinstance(q, QTensor)]
+            ctx.packed = [(p.spec, p.shape) for p in packed]
+            ctx.save_for_backward(step, *[t for p in packed for t in (p.codes, p.scale, p.zero_point)])
+        else:
+            ctx.save_for_backward(step, x, w)
+        return scaled_mm(qx, qw, plan.dtype, recipe.execution if any(recipe.fprop) else Execution.SIMULATED)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # type: ignore[override]
+        step, x, w = _saved(ctx)
+        dx = dw = None
+        if ctx.needs_input_grad[0]:
+            dx = _backward_mm(ctx.plan, "dgrad", g, w.t(), step).to(ctx.dtypes[0])
+        if ctx.needs_input_grad[1]:
+            dw = _backward_mm(ctx.plan, "wgrad", g.t(), x.t(), step).to(ctx.dtypes[1])
+        return dx, dw, None, None
+
+
+def _saved(ctx: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The step, and X and W as backward is meant to see them."""
+    if ctx.plan.recipe.save is Save.ORIGINAL:
+        return ctx.saved_tensors
+    step, *parts = ctx.saved_tensors
+    x, w = (
+        PackedTensor(codes, scale, spec, shape, zero_point).unpack().dequantize()
+        for (spec, shape), (codes, scale, zero_point) in zip(ctx.packed, (parts[:3], parts[3:]), strict=True)
+    )
+    return step, x, w
+
+
+def _backward_mm(plan: _Plan, name: str, lhs: Tensor, rhs: Tensor, step: Tensor) -> Tensor:
+    gemm = plan.recipe.gemms[name]
+    gradient_axis = 1 if name == "dgrad" else 0  # where `out` is in G
+    q_lhs = _gradient(lhs, gemm.lhs, plan, f"{name}.lhs", step, gradient_axis)
+    q_rhs = _operand(rhs, gemm.rhs, plan, f"{name}.rhs", step)
+    return scaled_mm(q_lhs, q_rhs, plan.dtype, plan.recipe.execution if any(gemm) else Execution.SIMULATED)
+
+
+def _operand(x: Tensor, spec: QuantSpec | None, plan: _Plan, role: str, step: Tensor) -> Tensor | QTensor:
+    if spec is None:
+        return x
+    noise = None
+    if spec.rounding is Rounding.STOCHASTIC:
+        noise = plan.streams[role].uniform(x.shape, step, device=x.device)
+    return quantize(x, spec, noise)
+
+
+def _gradient(g: Tensor, spec: QuantSpec | None, plan: _Plan, role: str, step: Tensor, axis: int) -> Tensor | QTensor:
+    """Quantize G, in `grad_parts` parts along `out` where the recipe asks for it."""
+    parts = plan.recipe.grad_parts
+    if spec is None or parts == 1:
+        return _operand(g, spec, plan, role, step)
+    noise = [None] * parts
+    if spec.rounding is Rounding.STOCHASTIC:
+        noise = plan.streams[role].uniform(g.shape, step, device=g.device).chunk(parts, axis)
+    pieces = [quantize(c, spec, n).dequantize() for c, n in zip(g.chunk(parts, axis), noise, strict=True)]
+    return torch.cat(pieces, axis)

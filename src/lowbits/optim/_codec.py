@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keep an optimizer's moments in few bits between steps.
+
+A codec says how one moment is stored; the update rule sees float32 and knows nothing of it. Quantizing on store
+is bit-identical to the published study's "store float32, quantize on load" (the state is read exactly once a
+step), and the bytes are really few.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lowbits.quantizers import Noise, PackedTensor, PerBlock, QuantSpec, Rounding, quantize
+
+Stored = dict[str, Tensor]
+
+
+class StateCodec(Protocol):
+    """How one moment is stored: as named tensors, all of which go into a checkpoint as they are."""
+
+    def init(self, like: Tensor) -> Stored:
+        """Return the stored form of zeros of `like`'s shape."""
+        ...
+
+    def decode(self, stored: Stored, shape: torch.Size) -> Tensor:
+        """Return the moment, float32, of `shape`."""
+        ...
+
+    def encode_(self, stored: Stored, value: Tensor, noise: Noise, step: Tensor) -> None:
+        """Store `value`, float32, in place; a codec that rounds stochastically draws from `noise` at `step`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Exact:
+    """Store the moment as a float tensor; float32 loses nothing.
+
+    Args:
+        dtype: float32 or bfloat16.
+    """
+
+    dtype: torch.dtype = torch.float32
+
+    def init(self, like: Tensor) -> Stored:
+        """See `StateCodec.init`."""
+        return {"value": torch.zeros_like(like, dtype=self.dtype)}
+
+    def decode(self, stored: Stored, shape: torch.Size) -> Tensor:
+        """See `StateCodec.decode`."""
+        return stored["value"].float()
+
+    def encode_(self, stored: Stored, value: Tensor, noise: Noise, step: Tensor) -> None:
+        """See `StateCodec.encode_`."""
+        stored["value"].copy_(value)
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """Store the moment as codes and scales.
+
+    Args:
+        spec: how it is quantized. Along its last axis, like a weight [out, in]; so `PerRow` is per output channel.
+        transposed: the parameter is stored as [in, out] (transformers' `Conv1D`), so rows are its columns.
+    """
+
+    spec: QuantSpec
+    transposed: bool = False
+
+    def init(self, like: Tensor) -> Stored:
+        """See `StateCodec.init`."""
+        zeros = torch.zeros_like(like, dtype=torch.float32)
+        packed = quantize(self._oriented(zeros), self.spec, self._no_noise(zeros)).pack()
+        parts = {"codes": packed.codes, "scale": packed.scale, "zero_point": packed.zero_point}
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def decode(self, stored: Stored, shape: torch.Size) -> Tensor:
+        """See `StateCodec.decode`."""
+        oriented = shape[::-1] if self._flips(len(shape)) else shape
+        packed = PackedTensor(stored["codes"], stored["scale"], self.spec, tuple(oriented), stored.get("zero_point"))
+        return self._oriented(packed.unpack().dequantize())
+
+    def encode_(self, stored: Stored, value: Tensor, noise: Noise, step: Tensor) -> None:
+        """See `StateCodec.encode_`."""
+        value = self._oriented(value)
+        bits = None
+        if self.spec.rounding is Rounding.STOCHASTIC:
+            bits = noise.uniform(value.shape, step, device=value.device)
+        packed = quantize(value, self.spec, bits).pack()
+        stored["codes"].copy_(packed.codes)
+        stored["scale"].copy_(packed.scale)
+        if packed.zero_point is not None:
+            stored["zero_point"].copy_(packed.zero_point)
+
+    def _oriented(self, x: Tensor) -> Tensor:
+        return x.t() if self._flips(x.ndim) else x
+
+    def _flips(self, ndim: int) -> bool:
+        # Blocks run over the flattened parameter as it lies in memory, so its orientation does not matter to them.
+        return self.transposed and ndim == 2 and not isinstance(self.spec.granularity, PerBlock)
+
+    def _no_noise(self, zeros: Tensor) -> Tensor | None:
+        return self._oriented(zeros) if self.spec.rounding is Rounding.STOCHASTIC else None

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Draw the random bits of stochastic rounding from a counter.
+
+Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"): a block cipher run on a counter.
+Every draw is a pure function of (seed, name, role, step, element), so it is the same on every device, under
+`torch.compile`, in whatever chunks a tensor is processed, on however many ranks, and after a resume.
+
+    key      = 64 bits of BLAKE2b(seed, name, role)
+    counter  = (element // 4: 64 bits, step: 64 bits);   the element's word is number element % 4
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_LOW = 0xFFFFFFFF
+
+
+def philox(counter: Sequence[Tensor | int], key: tuple[int, int]) -> tuple[Tensor, ...]:
+    """Return the four 32-bit words of Philox4x32-10.
+
+    Args:
+        counter: four words below 2^32, int64 tensors that broadcast (or ints, at least one tensor).
+        key: two words below 2^32.
+    Returns:
+        Four int64 tensors of values below 2^32.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        # int64 products wrap around; the wrapped 64 bits are the right ones, and the mask drops the sign's copies.
+        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c1, c2, c3 = ((p1 >> 32) & _LOW) ^ c1 ^ k0, p1 & _LOW, ((p0 >> 32) & _LOW) ^ c3 ^ k1, p0 & _LOW
+        k0, k1 = (k0 + _WEYL[0]) & _LOW, (k1 + _WEYL[1]) & _LOW
+    return c0, c1, c2, c3  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class Noise:
+    """A stream of random bits; make one with `Noise.of`.
+
+    Args:
+        key: the two 32-bit words of the Philox key.
+    """
+
+    key: tuple[int, int]
+
+    @staticmethod
+    def of(seed: int, name: str, role: str) -> Noise:
+        """Return the stream of one tensor.
+
+        Args:
+            seed: the run's seed, any int.
+            name: the layer or parameter, for example `transformer.h.0.mlp.c_fc`.
+            role: what is rounded there, for example `dgrad.lhs`.
+        """
+        digest = hashlib.blake2b(f"{seed}\0{name}\0{role}".encode(), digest_size=8).digest()
+        return Noise((int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")))
+
+    def bits(
+        self, shape: Sequence[int], step: int | Tensor, *, offset: int = 0, device: torch.device | str = "cpu"
+    ) -> Tensor:
+        """Return 32 random bits an element.
+
+        Args:
+            shape: of the result.
+            step: which draw, a non-negative int or an int64 scalar tensor.
+            offset: index of the first element in the whole tensor, when this is a chunk of it.
+            device: of the result.
+        Returns:
+            int64 values below 2^32.
+        """
+        count = math.prod(shape)
+        first = offset // 4
+        index = torch.arange(first, (offset + count + 3) // 4, dtype=torch.int64, device=device)
+        words = philox((index & _LOW, index >> 32, step & _LOW, step >> 32), self.key)
+        return torch.stack(words, -1).view(-1)[offset - 4 * first :][:count].view(*shape)
+
+    def uniform(
+        self, shape: Sequence[int], step: int | Tensor, *, offset: int = 0, device: torch.device | str = "cpu"
+    ) -> Tensor:
+        """Return float32 values k / 2^24, k = 0 .. 2^24 - 1: the top 24 of `bits`, so exact and below 1."""
+        return (self.bits(shape, step, offset=offset, device=device) >> 8).to(torch.float32) * 2.0**-24

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Turn a group of numbers into the scale that maps it onto a format.
+
+    x ~ scale * (q + zero_point)
+
+Only this decode scale exists. Everything is float32 arithmetic, each operation rounded once, so that any device
+gives the same bits. Conventions shared by all rules:
+
+- a group of zeros gets scale 1, or the smallest normal number where the format has no zero;
+- a scale below the smallest normal float32 is raised to it, so that subnormal inputs neither divide by zero nor
+  depend on a device's flush-to-zero;
+- NaN or an infinity in a group gives a NaN or infinite scale, so that the whole group decodes to NaN: what is not
+  finite is propagated, never hidden.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowbits.formats import Format
+
+SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
+
+
+@dataclass(frozen=True)
+class Amax:
+    """scale = max(amax |x|, floor) / format.max                                      (linear quantization, sec. 3)
+
+    Args:
+        floor: lower bound of amax. 0 is right; published code uses 1e-5 (weights, activations), 1e-9 (gradients) and
+            1e-8 (optimizer states), of which the last erases small second moments.
+    """
+
+    floor: float = 0.0
+
+    def __call__(self, x: Tensor, dims: tuple[int, ...], fmt: Format) -> tuple[Tensor, None]:
+        """Return the scale, extent 1 along `dims`, and no zero point."""
+        return _guard(_amax(x, dims, self.floor), fmt.max, fmt), None
+
+
+@dataclass(frozen=True)
+class PowerOfTwo:
+    """scale = 2^ceil(log2(amax |x| / format.max)): the smallest power of two with which nothing saturates."""
+
+    floor: float = 0.0
+
+    def __call__(self, x: Tensor, dims: tuple[int, ...], fmt: Format) -> tuple[Tensor, None]:
+        """Return the scale, extent 1 along `dims`, and no zero point."""
+        scale = _guard(_amax(x, dims, self.floor), fmt.max, fmt)
+        bits = scale.view(torch.int32)
+        mantissa = (1 << 23) - 1
+        up = ((bits + mantissa) & ~mantissa).view(torch.float32)  # a carry out of any mantissa raises the exponent
+        return torch.where(scale.isfinite(), up, scale), None
+
+
+@dataclass(frozen=True)
+class AbsMean:
+    """scale = max(mean |x|, floor)                      (BitNet b1.58, Ma et al. 2024, arXiv:2402.17764, eq. 1 to 3)"""
+
+    floor: float = 0.0
+
+    def __call__(self, x: Tensor, dims: tuple[int, ...], fmt: Format) -> tuple[Tensor, None]:
+        """Return the scale, extent 1 along `dims`, and no zero point."""
+        return _guard(x.abs().mean(dims, keepdim=True).clamp_min(self.floor), 1.0, fmt), None
+
+
+@dataclass(frozen=True)
+class Asymmetric:
+    """scale = (max - min) / (format.max - format.min), zero_point = round(min / scale - format.min)
+
+    The range always includes 0, so that zeros stay zeros and a constant tensor keeps its value.
+    """
+
+    def __call__(self, x: Tensor, dims: tuple[int, ...], fmt: Format) -> tuple[Tensor, Tensor]:
+        """Return scale and zero point, extent 1 along `dims`."""
+        low, high = x.amin(dims, keepdim=True).clamp_max(0.0), x.amax(dims, keepdim=True).clamp_min(0.0)
+        scale = _guard(high - low, fmt.max - fmt.min, fmt)
+        return scale, torch.round(low / scale - fmt.min)
+
+
+@dataclass(frozen=True)
+class StudyAsymmetric:
+    """scale = max(max - min, floor) / (2 format.max), zero_point = round(min / scale - format.min)
+
+    The form in the published study's code (Chitsaz et al. 2024, arXiv:2407.11722): the divisor is one code too small,
+    so the two top codes are never used, and 0 need not be on the grid. Here to reproduce; use `Asymmetric` otherwise.
+    """
+
+    floor: float = 1e-5
+
+    def __call__(self, x: Tensor, dims: tuple[int, ...], fmt: Format) -> tuple[Tensor, Tensor]:
+        """Return scale and zero point, extent 1 along `dims`."""
+        low, high = x.amin(dims, keepdim=True), x.amax(dims, keepdim=True)
+        scale = _guard((high - low).clamp_min(self.floor), 2 * fmt.max, fmt)
+        return scale, torch.round(low / scale - fmt.min)
+
+
+ScaleRule = Amax | PowerOfTwo | AbsMean | Asymmetric | StudyAsymmetric
+
+
+def _amax(x: Tensor, dims: tuple[int, ...], floor: float) -> Tensor:
+    amax = x.abs().amax(dims, keepdim=True)
+    return amax.clamp_min(floor) if floor else amax
+
+
+def _guard(extent: Tensor, divisor: float, fmt: Format) -> Tensor:
+    """extent / divisor, kept usable for groups of zeros and for subnormals; NaN and infinity pass."""
+    empty = 1.0 if fmt.has_zero else SMALLEST_NORMAL
+    return torch.where(extent == 0, empty, (extent / divisor).clamp_min(SMALLEST_NORMAL))
