@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Instruments: what quantization does to tensors, to memory, to the loss landscape and to the finished model.
+
+Each takes a model, a function `loss(model, batch) -> scalar` where one is needed, and batches; none knows of runs.
+"""
+
+from lowbits.analysis._errors import TensorErrors, tensor_errors
+from lowbits.analysis._evaluating import evaluating
+from lowbits.analysis._gradients import GradientSparsity, gradient_sparsity, magnitude_histogram, output_gradients
+from lowbits.analysis._linears import linear_layers, output_axes
+from lowbits.analysis._memory import (
+    Bytes,
+    Memory,
+    measure_memory,
+    measure_saved_bytes,
+    stored_bytes,
+    weights_in_few_bits,
+)
+from lowbits.analysis._outliers import ChannelStatistics, describe_channels, input_channels, jaccard, overlaps
+from lowbits.analysis._perplexity import Perplexity, perplexity, read_text, text_perplexity, windows
+from lowbits.analysis._provenance import device_name, provenance
+from lowbits.analysis._sharpness import Sharpness, m_sharpness
+from lowbits.analysis._surface import Surface, filter_normalised_direction, heat_map, loss_surface
+from lowbits.analysis._time_share import Family, TimeShare, classify, family_of, linear_flops_share, time_share
+
+__all__ = [
+    "Bytes",
+    "ChannelStatistics",
+    "Family",
+    "GradientSparsity",
+    "Memory",
+    "Perplexity",
+    "Sharpness",
+    "Surface",
+    "TensorErrors",
+    "TimeShare",
+    "classify",
+    "describe_channels",
+    "device_name",
+    "evaluating",
+    "family_of",
+    "filter_normalised_direction",
+    "gradient_sparsity",
+    "heat_map",
+    "input_channels",
+    "jaccard",
+    "linear_flops_share",
+    "linear_layers",
+    "loss_surface",
+    "m_sharpness",
+    "magnitude_histogram",
+    "measure_memory",
+    "measure_saved_bytes",
+    "output_axes",
+    "output_gradients",
+    "overlaps",
+    "perplexity",
+    "provenance",
+    "read_text",
+    "stored_bytes",
+    "tensor_errors",
+    "text_perplexity",
+    "time_share",
+    "weights_in_few_bits",
+    "windows",
+]
