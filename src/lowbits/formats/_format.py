@@ -68,15 +68,28 @@ class Format(ABC):
         """Return the finite values, float64, ascending, each once (-0 and +0 are one)."""
         return torch.tensor(sorted({v + 0.0 for v in self.code_values if math.isfinite(v)}), dtype=torch.float64)
 
-    @cached_property
+    @property
     def max(self) -> float:
         """The largest finite value."""
-        return max(v for v in self.code_values if math.isfinite(v))
+        mantissa, exponent = self._ends[1]
+        return mantissa * 2.0**exponent
 
-    @cached_property
+    @property
     def min(self) -> float:
         """The lowest finite value."""
-        return min(v for v in self.code_values if math.isfinite(v))
+        mantissa, exponent = self._ends[0]
+        return mantissa * 2.0**exponent
+
+    @cached_property
+    def _ends(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """(mantissa, exponent) of min and max as ints.
+
+        torch.compile takes ints that hang on a module as constants, but floats as inputs once they differ between two
+        compiled layers, and cannot pass those into an autograd function (torch 2.11 to 2.13).
+        """
+        finite = [math.frexp(v) for v in (self.values()[0].item(), self.values()[-1].item())]
+        low, high = ((int(m * 2**53), e - 53) for m, e in finite)
+        return low, high
 
     @cached_property
     def has_zero(self) -> bool:

@@ -9,8 +9,8 @@ gives the same bits. Conventions shared by all rules:
 - a group of zeros gets scale 1, or the smallest normal number where the format has no zero;
 - a scale below the smallest normal float32 is raised to it, so that subnormal inputs neither divide by zero nor
   depend on a device's flush-to-zero;
-- NaN or an infinity in a group gives a NaN or infinite scale, so that the whole group decodes to NaN: what is not
-  finite is propagated, never hidden.
+- NaN or an infinity in a group gives a NaN scale, so that the whole group decodes to NaN: what is not finite is
+  propagated, never hidden, and survives packing.
 """
 
 from __future__ import annotations
@@ -107,6 +107,7 @@ def _amax(x: Tensor, dims: tuple[int, ...], floor: float) -> Tensor:
 
 
 def _guard(extent: Tensor, divisor: float, fmt: Format) -> Tensor:
-    """extent / divisor, kept usable for groups of zeros and for subnormals; NaN and infinity pass."""
+    """extent / divisor, kept usable for groups of zeros and for subnormals; what is not finite becomes NaN."""
     empty = 1.0 if fmt.has_zero else SMALLEST_NORMAL
-    return torch.where(extent == 0, empty, (extent / divisor).clamp_min(SMALLEST_NORMAL))
+    scale = torch.where(extent == 0, empty, (extent / divisor).clamp_min(SMALLEST_NORMAL))
+    return torch.where(extent.isfinite(), scale, torch.nan)
