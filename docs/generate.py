@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write the tables of README.md and docs/ from the code and from results files: `python docs/generate.py`.
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is a key of `TABLES`. A test fails when a page
+is stale.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from itertools import compress
+from pathlib import Path
+from typing import Any
+
+from lowbits import formats, recipes
+from lowbits.formats import Format
+from lowbits.quantizers import QuantSpec
+
+ROOT = Path(__file__).resolve().parents[1]
+MARKED = re.compile(r"(<!-- table: (?P<name>[\w -]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]], align: str = "---") -> str:
+    """Return a Markdown table; `align` holds for all columns but the first."""
+    lines = [header, ["---", *[align] * (len(header) - 1)], *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def number(value: float) -> str:
+    """Return a number as short as it can be said: powers of two far from 1 as such."""
+    exponent = math.log2(abs(value)) if value else 0.0
+    if abs(exponent) > 12 and exponent.is_integer():
+        return f"{'-' if value < 0 else ''}2^{int(exponent)}"
+    return f"{value:.6g}"
+
+
+def format_overview() -> str:
+    """One row a format: what `lowbits formats` prints."""
+    return table(
+        ["format", "bits", "codes", "values", "lowest", "largest", "smallest > 0", "zero", "not numbers"],
+        (
+            [
+                f"`{fmt.name}`",
+                str(fmt.bits),
+                str(1 << fmt.bits),
+                str(len(fmt.values())),
+                number(fmt.min),
+                number(fmt.max),
+                number(fmt.smallest),
+                "yes" if fmt.has_zero else "no",
+                not_numbers(fmt),
+            ]
+            for fmt in formats.ALL
+        ),
+        align="---:",
+    )
+
+
+def not_numbers(fmt: Format) -> str:
+    """Count the codes that stand for NaN or an infinity."""
+    nan = sum(math.isnan(value) for value in fmt.code_values)
+    inf = sum(math.isinf(value) for value in fmt.code_values)
+    return ", ".join(f"{count} {name}" for count, name in ((inf, "inf"), (nan, "NaN")) if count) or "none"
+
+
+def format_values() -> str:
+    """Every value of the formats of at most 4 bits."""
+    return table(
+        ["format", "values"],
+        (
+            [f"`{fmt.name}`", " ".join(number(value) for value in fmt.values().tolist())]
+            for fmt in formats.ALL
+            if fmt.bits <= 4
+        ),
+    )
+
+
+def recipe_table(family: str) -> str:
+    """Every named recipe of one family: the operands of its three GEMMs, its moments, what hardware could run.
+
+    Columns in which no recipe says anything are left out.
+    """
+    header = [
+        "recipe",
+        "fprop x",
+        "fprop w",
+        "dgrad g",
+        "dgrad w",
+        "wgrad g",
+        "wgrad x",
+        "m",
+        "v",
+        "could run natively",
+    ]
+    rows = [
+        [
+            f"`{name}`",
+            *(words(spec) for gemm in recipe.gemms.values() for spec in gemm),
+            words(recipe.first_moment),
+            words(recipe.second_moment),
+            ", ".join(gemm for gemm in recipe.gemms if recipe.illegal(gemm) is None),
+        ]
+        for name, recipe in recipes.FAMILIES[family].items()
+    ]
+    used = [any(column) for column in zip(*rows, strict=True)]
+    return table(list(compress(header, used)), [list(compress(row, used)) for row in rows])
+
+
+def words(spec: QuantSpec | None) -> str:
+    """Return a quantizer in words, nothing for what stays in high precision."""
+    return str(spec) if spec else ""
+
+
+def results() -> str:
+    """The comparison that `make demo` makes, as its report.json was committed; nothing while there is none."""
+    file = ROOT / "benchmarks" / "results" / "cpu" / "demo.json"
+    if not file.exists():
+        return ""
+    report = json.loads(file.read_text(encoding="utf-8"))
+    rows = (
+        [f"`{arm['name']}`", arm["quantizes"], spread(arm["loss_on"]), gap(arm["gap"]), arm["words"]]
+        for arm in report["arms"]
+    )
+    header = ["recipe", "quantizes", "validation loss, nats", "gap", "verdict"]
+    return f"{table(header, rows)}\n{report['compared']} {report['noise_words']}\n"
+
+
+def spread(value: dict[str, Any]) -> str:
+    """Return `mean ± standard deviation`."""
+    if value["mean"] is None:
+        return "-"
+    return f"{value['mean']:.4f}" + (f" ± {value['spread']:.4f}" if value["spread"] is not None else "")
+
+
+def gap(value: dict[str, Any] | None) -> str:
+    """Return the distance from the baseline in nats."""
+    return f"{value['nats']:+.4f}" if value else "-"
+
+
+def tree() -> str:
+    """The packages with a line each, as docs/architecture.md has them."""
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    lines = [re.sub(r" +\([\w, ]+\)$", "", line) for line in page.split("```")[1].strip().splitlines()]
+    return "```\n" + "\n".join(lines) + "\n```\n"
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "formats": format_overview,
+    "format values": format_values,
+    "results": results,
+    "tree": tree,
+    **{f"recipes {family}": partial(recipe_table, family) for family in recipes.FAMILIES},
+}
+
+
+def render(page: str) -> str:
+    """Return a page with every table made anew."""
+    return MARKED.sub(lambda match: match[1] + TABLES[match["name"]]() + match[3], page)
+
+
+def stale() -> dict[Path, str]:
+    """Return the pages whose tables differ from the code, each with what it should be."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    texts = {page: page.read_text(encoding="utf-8") for page in pages}
+    return {page: new for page, text in texts.items() if (new := render(text)) != text}
+
+
+if __name__ == "__main__":
+    for path, text in stale().items():
+        path.write_text(text, encoding="utf-8")
+        print(f"docs: wrote the tables of {path.relative_to(ROOT)}")
