@@ -1,0 +1,367 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Train a model under a recipe. Read from top to bottom: set up, step, look, save, end.
+
+All randomness is a pure function of (seed, step, micro-batch, rank): initial weights, data order, dropout, stochastic
+rounding. So a checkpoint holds weights, moments and counters, and a resumed run continues bit for bit on a CPU.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import statistics
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from lowbits import models
+from lowbits.analysis import measure_memory
+from lowbits.data import TokenData, check_vocabulary, prepare
+from lowbits.errors import RunError
+from lowbits.nn import Conversion, convert_, set_step_
+from lowbits.optim import AdamW, param_groups
+from lowbits.train._checkpoint import newest_intact, tidy, write_checkpoint
+from lowbits.train._display import Display
+from lowbits.train._disk import write_json
+from lowbits.train._evaluate import autocast, causal_loss, evaluate, sample
+from lowbits.train._folder import CHECKPOINTS, LOG, RESULT, begin, changed_environment, earlier_result
+from lowbits.train._guard import Event, Source, find_source, judge
+from lowbits.train._interrupts import Interrupts
+from lowbits.train._log import Log, cut_after, open_trackers
+from lowbits.train._memory import peak_bytes, reset_peak
+from lowbits.train._monitor import layer_errors
+from lowbits.train._run import Run
+from lowbits.train._seeds import derived_seed
+from lowbits.train._state import Progress, load_state_, save_state
+from lowbits.train._world import World, unsynchronized, world
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass
+class _Training:
+    """All parts of a running training."""
+
+    run: Run
+    out: Path
+    world: World
+    config: dict[str, object]
+    data: TokenData
+    model: PreTrainedModel
+    network: nn.Module  # the model, or DDP around it
+    conversion: Conversion
+    optimizer: AdamW
+    progress: Progress
+    log: Log
+    display: Display
+    mark: tuple[int, float] = field(default=(0, 0.0))  # tokens and seconds at the last line of the log
+    source: Source | None = None
+
+
+def train(run: Run, out: str | Path, *, resume: bool = False) -> dict[str, object]:
+    """Train a model as `run` says and leave everything in a folder.
+
+    Args:
+        run: what to do.
+        out: the run's folder (docs/architecture.md, "Run directories").
+        resume: go on with the run in `out` from its newest intact checkpoint, or start it if there is none.
+    Returns:
+        What result.json holds; a run that had come to its end is not run again.
+    Raises:
+        LowbitsError: the run cannot start or go on; the message says why and what to do.
+    """
+    out = Path(out)
+    earlier = earlier_result(out, run.resolved(), resume)
+    if earlier is not None:
+        return earlier
+    with world(run.compute.device) as here:
+        t = _set_up(run, out, here)
+        try:
+            with t.display, Interrupts() as interrupts:
+                status = _loop(t, interrupts)
+                return _finish(t, status, interrupts)
+        except torch.OutOfMemoryError as error:
+            raise RunError(
+                f"out of memory on {here.device} at step {t.progress.step}; use a smaller --batch-size, a larger "
+                "--accumulation or --gradient-checkpointing."
+            ) from error
+        finally:
+            t.log.close()
+
+
+def _set_up(run: Run, out: Path, here: World) -> _Training:
+    """Check everything that can be wrong, then claim the folder, then load the checkpoint if there is one."""
+    if run.batch_size % (run.accumulation * here.size):
+        raise RunError(
+            f"batch-size {run.batch_size} does not divide into {run.accumulation} micro-batches on {here.size} "
+            "processes; choose a multiple."
+        )
+    data = _open_data(run, out, here)
+    data.windows("val", run.block)  # both splits hold at least a block
+    data.windows("train", run.block)
+    model, conversion = _build(run, data, here)
+    optimizer = AdamW(
+        param_groups(model, run.optimizer.weight_decay),
+        lr=run.optimizer.lr,
+        betas=run.optimizer.betas,
+        eps=run.optimizer.eps,
+        seed=run.seed,
+    )
+    config = {**run.resolved(), "data_fingerprint": data.fingerprint}
+    if here.first:
+        begin(out, config, here)
+        tidy(out / CHECKPOINTS)
+    here.barrier()
+    display = Display(run.recipe_name, run.steps, quiet=not here.first)
+    progress, events = _restore(run, out, here, model, optimizer, config)
+    reset_peak(here.device)
+    trackers = open_trackers(run.watching.sinks, out, config, progress.step) if here.first else []
+    log = Log(out / LOG if here.first else Path(os.devnull), trackers)
+    t = _Training(run, out, here, config, data, model, here.wrap(model), conversion, optimizer, progress, log, display)
+    t.mark = (progress.tokens, progress.seconds)
+    display.say(f"{run.recipe_name}: {conversion}")
+    for event in events:
+        _report(t, event)
+    return t
+
+
+def _open_data(run: Run, out: Path, here: World) -> TokenData:
+    """Open the folder of tokens; the packaged default is prepared beside the output, once."""
+    if run.data != "stdlib":
+        return TokenData.open(run.data)
+    folder = out.parent / "stdlib-tokens"
+    if here.first:
+        prepare("stdlib", folder)
+    here.barrier()
+    return TokenData.open(folder)
+
+
+def _build(run: Run, data: TokenData, here: World) -> tuple[PreTrainedModel, Conversion]:
+    """Build, convert, place; conversion comes before compilation and DDP."""
+    if callable(run.model):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(run.seed)
+            model = run.model(data.vocab_size, run.block).train()
+    else:
+        model = models.build(run.model, data.vocab_size, run.block, run.seed, run.dropout)
+    check_vocabulary(data, model.get_input_embeddings().weight.shape[0])  # type: ignore[union-attr, index]
+    model.config.eos_token_id = data.eos_id
+    conversion = convert_(model, run.choose(model.get_output_embeddings()), seed=run.seed, verbose=False)
+    if run.split_qkv and not any(name.endswith("c_attn") for name in conversion.converted):
+        raise RunError(f"split-qkv: {run.model} has no fused c_attn layer to split; leave the option out.")
+    model.to(here.device)  # type: ignore[arg-type]
+    if run.compute.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if run.compute.compile:
+        _compile_(model, here)
+    return model, conversion
+
+
+def _compile_(model: nn.Module, here: World) -> None:
+    """Compile each block: they are alike, so one compilation serves all."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    compilers = (os.environ.get("CXX"), "c++", "g++", "clang++")
+    if here.device.type == "cpu" and not any(name and shutil.which(name) for name in compilers):
+        raise RunError("--compile needs a C++ compiler on the CPU and none was found; install g++ or leave it out.")
+    blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for block in blocks or [model]:
+        block.compile()
+
+
+def _restore(
+    run: Run, out: Path, here: World, model: PreTrainedModel, optimizer: AdamW, config: dict[str, object]
+) -> tuple[Progress, list[Event]]:
+    """Load the newest intact checkpoint and cut the log behind it; a fresh run has neither."""
+    found = newest_intact(out / CHECKPOINTS) if here.first else (None, [])
+    checkpoint, complaints = here.gather(found)[0]  # type: ignore[misc]
+    progress = Progress() if checkpoint is None else load_state_(checkpoint, model, optimizer, config)
+    events = [Event("fallback", f"{complaint} Falling back to an older one.") for complaint in complaints]
+    if here.first and (cut_after(out / LOG, progress.step) or checkpoint is not None):
+        changes = changed_environment(out, here)
+        exact = f"not bit for bit: {changes}" if changes else "bit for bit" if here.device.type == "cpu" else "on CUDA"
+        events.append(Event("resumed", f"resumed at step {progress.step} ({exact})"))
+    return progress, events
+
+
+def _loop(t: _Training, interrupts: Interrupts) -> str:
+    """Train until the last step, a signal, or too many steps without a finite gradient; return the status."""
+    run, watching, progress = t.run, t.run.watching, t.progress
+    while progress.step < run.steps:
+        started = time.perf_counter()
+        loss, grad_norm, stop = _step(t, interrupts)
+        progress.seconds += time.perf_counter() - started
+        last = progress.step == run.steps
+        for event in judge(progress, loss, grad_norm):
+            _report(t, event)
+        t.display.advance(progress.step, loss)
+        if last or progress.step % watching.log_every == 0:
+            _log_step(t, loss, grad_norm)
+        if progress.streak >= watching.max_nonfinite:
+            return _diverge(t)
+        if last or progress.step % watching.eval_every == 0:
+            progress.evaluation = evaluate(run, t.data, t.model, t.world)
+            _write(t, "eval", tokens=progress.tokens, seconds=round(progress.seconds, 3), **progress.evaluation)
+        if watching.errors_every and progress.step % watching.errors_every == 0 and not t.run.rule.plain:
+            _write(t, "errors", layers=layer_errors(t.model, lambda: _loss(t, t.model, progress.step - 1, 0)))
+        if last or stop or progress.step % run.saving.save_every == 0:
+            _save(t)
+        if stop and not last:
+            return "interrupted"
+    return "finished"
+
+
+def _step(t: _Training, interrupts: Interrupts) -> tuple[float, float, bool]:
+    """Take one optimizer step, or skip it where loss or gradient is not finite; return loss, gradient norm, stop."""
+    run, step = t.run, t.progress.step
+    losses = []
+    for micro in range(run.accumulation):
+        with unsynchronized(t.network) if micro + 1 < run.accumulation else nullcontext():
+            loss = _loss(t, t.network, step, micro)
+            (loss / run.accumulation).backward()
+        losses.append(loss.detach())
+    # One reduction for what all processes must agree on, one transfer for what the host must know.
+    shared = torch.stack([torch.stack(losses).mean(), torch.tensor(float(interrupts.caught is not None)).to(loss)])
+    parameters = [p for p in t.model.parameters() if p.grad is not None]
+    norm = nn.utils.clip_grad_norm_(parameters, run.optimizer.clip or math.inf)
+    mean_loss, stop, grad_norm = torch.cat([t.world.mean(shared), norm.view(1)]).tolist()
+    if math.isfinite(mean_loss) and math.isfinite(grad_norm):
+        for group in t.optimizer.param_groups:
+            group["lr"] = _lr(run, step)
+        t.optimizer.step()
+    t.optimizer.zero_grad(set_to_none=True)
+    t.progress.step += 1
+    t.progress.tokens += run.tokens_per_step
+    return mean_loss, grad_norm, stop > 0
+
+
+def _loss(t: _Training, network: nn.Module, step: int, micro: int) -> Tensor:
+    """Return the loss of one micro-batch. Every random stream is set here from the position, and nowhere else."""
+    run, here = t.run, t.world
+    index = step * run.accumulation + micro
+    ids = t.data.batch(
+        "train",
+        index,
+        batch_size=run.batch_size // run.accumulation,
+        block=run.block,
+        seed=run.seed,
+        rank=here.rank,
+        world=here.size,
+    )
+    torch.manual_seed(derived_seed(run.seed, "dropout", index, here.rank))
+    set_step_(t.model, index * here.size + here.rank)
+    with autocast(run, here):
+        return causal_loss(network, ids.to(here.device, non_blocking=True))
+
+
+def _lr(run: Run, step: int) -> float:
+    return run.optimizer.lr * run.schedule.factor(step, run.steps)
+
+
+def _log_step(t: _Training, loss: float, grad_norm: float) -> None:
+    progress, (tokens, seconds) = t.progress, t.mark
+    speed = (progress.tokens - tokens) / max(progress.seconds - seconds, 1e-9)
+    t.mark = (progress.tokens, progress.seconds)
+    memory = peak_bytes(t.world.device)
+    progress.peak_bytes = max(progress.peak_bytes, memory)
+    _write(
+        t,
+        "step",
+        tokens=progress.tokens,
+        seconds=round(progress.seconds, 3),
+        loss=loss,
+        lr=_lr(t.run, progress.step - 1),
+        grad_norm=grad_norm,
+        tokens_per_second=round(speed, 1),
+        memory_bytes=memory,
+    )
+    seconds_left = (t.run.steps - progress.step) * t.run.tokens_per_step / speed
+    t.display.step(progress.step, loss, speed, memory, seconds_left)
+
+
+def _write(t: _Training, kind: str, **values: object) -> None:
+    t.log.write({"kind": kind, "step": t.progress.step, **values})
+
+
+def _report(t: _Training, event: Event) -> None:
+    _write(t, "event", event=event.event, message=event.message, layer=event.layer, role=event.role)
+    t.display.say(f"{t.run.recipe_name} step {t.progress.step}: {event.message}")
+
+
+def _diverge(t: _Training) -> str:
+    """Run the last batch again to find where it went wrong; the first process that sees it is believed."""
+    seen: Source | None = None
+    for micro in range(t.run.accumulation):
+        seen = seen or find_source(t.model, lambda m=micro: _loss(t, t.model, t.progress.step - 1, m))
+    t.source = next((s for s in t.world.gather(seen) if isinstance(s, Source)), None)
+    where = f"first in the {t.source.role} of {t.source.layer}" if t.source else "the batch is finite when run again"
+    layer, role = (t.source.layer, t.source.role) if t.source else ("", "")
+    message = f"stopped after {t.progress.streak} non-finite steps in a row; {where}"
+    _report(t, Event("diverged", message, layer, role))
+    return "diverged"
+
+
+def _save(t: _Training) -> None:
+    """Write a checkpoint that `transformers` can load, tokenizer included."""
+    if t.world.first:
+        t.log.sync()
+
+        def fill(folder: Path) -> None:
+            save_state(folder, t.model, t.optimizer, t.progress, t.config)
+            for name in t.data.index.tokenizer:
+                shutil.copyfile(t.data.folder / name, folder / name)
+
+        write_checkpoint(t.out / CHECKPOINTS, t.progress.step, fill, t.run.saving.keep)
+    t.world.barrier()
+
+
+def _finish(t: _Training, status: str, interrupts: Interrupts) -> dict[str, object]:
+    """Measure what is measured once, write result.json and return what it holds."""
+    run, progress = t.run, t.progress
+    result: dict[str, object] = {
+        "status": status,
+        "recipe": run.recipe_name,
+        "seed": run.seed,
+        "steps": progress.step,
+        "tokens": progress.tokens,
+        "seconds": round(progress.seconds, 3),
+        "val_loss_on": progress.evaluation.get("loss_on"),
+        "val_loss_off": progress.evaluation.get("loss_off"),
+        "train_loss": statistics.fmean(progress.recent) if progress.recent else None,
+        "tokens_per_second": round(progress.tokens / max(progress.seconds, 1e-9), 1),
+        "execution": run.rule.execution.value,
+        "parameters": sum(p.numel() for p in t.model.parameters()),
+        "converted_layers": len(t.conversion.converted),
+        "linear_flops_share": t.conversion.flops_share,
+        "skipped_steps": progress.skipped,
+        "spikes": progress.spikes,
+        "peak_memory_bytes": progress.peak_bytes,
+        "memory": {},
+        "sample": "",
+        "diverged_at": progress.step if status == "diverged" else None,
+        "diverged_layer": t.source.layer if t.source else None,
+        "diverged_role": t.source.role if t.source else None,
+    }
+    if status == "finished" and t.world.first:
+        with torch.compiler.set_stance("force_eager"):  # what compiled blocks save would escape the count
+            memory = measure_memory(
+                t.model, t.optimizer, lambda model, step: _loss(t, model, step, 0), progress.step - 1
+            )
+        result["memory"] = memory.as_json()
+        result["sample"] = sample(run, t.data, t.model, t.world)
+    if status == "interrupted" and interrupts.caught is not None:
+        result["signal"] = interrupts.caught.name
+        _report(
+            t, Event("interrupted", f"{interrupts.caught.name}: saved at step {progress.step}, go on with --resume")
+        )
+    if t.world.first:
+        write_json(t.out / RESULT, result)
+    t.world.barrier()
+    return result

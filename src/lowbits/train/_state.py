@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write the state of a training into a checkpoint's files and read it back, bit for bit.
+
+Random streams and the data position are pure functions of (seed, step) and need no bytes here. Optimizer state is stored
+as the optimizer stores it: codes stay codes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from lowbits.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+OPTIMIZER = "optimizer.safetensors"
+TRAINER = "trainer.json"
+
+
+@dataclass
+class Progress:
+    """Count what a run has done; all of it goes into a checkpoint.
+
+    Args:
+        step: optimizer steps done, skipped ones too.
+        tokens: tokens seen.
+        seconds: training time alone, summed over resumes.
+        skipped: steps left out for a non-finite loss or gradient.
+        streak: how many of them came last, in a row.
+        spikes: loss spikes reported.
+        recent: losses of the last steps, finite ones, oldest first.
+        peak_bytes: largest memory use seen.
+        evaluation: `loss_on` and `loss_off` of the last evaluation; empty before the first.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    skipped: int = 0
+    streak: int = 0
+    spikes: int = 0
+    recent: list[float] = field(default_factory=list)
+    peak_bytes: int = 0
+    evaluation: dict[str, float] = field(default_factory=dict)
+
+
+def save_state(
+    folder: Path,
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    run: Mapping[str, object],
+) -> None:
+    """Write model, optimizer and progress into a folder that `transformers` can load.
+
+    Args:
+        folder: exists, empty.
+        model: not wrapped.
+        optimizer: of the model's parameters.
+        progress: of the run.
+        run: the resolved run, to recognise the checkpoint by.
+    """
+    from safetensors.torch import save_file
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # a bar for every checkpoint would tear the training's own apart
+    model.save_pretrained(folder)
+    save_file(_optimizer_tensors(model, optimizer), folder / OPTIMIZER)
+    text = json.dumps({"progress": asdict(progress), "run": run}, indent=2, allow_nan=False)
+    (folder / TRAINER).write_text(text + "\n", encoding="utf-8")
+
+
+def load_state_(
+    folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, run: Mapping[str, object]
+) -> Progress:
+    """Load a verified checkpoint into a model and its optimizer, and return the progress.
+
+    Args:
+        folder: of the checkpoint.
+        model: built and converted as at the start of the run.
+        optimizer: likewise.
+        run: the resolved run.
+    Raises:
+        CheckpointError: the checkpoint is of another run or architecture.
+    """
+    from safetensors.torch import load_file
+
+    trainer = json.loads((folder / TRAINER).read_text(encoding="utf-8"))
+    check_same_run(folder, trainer["run"], run)
+    tensors: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("model*.safetensors")):
+        tensors |= load_file(path)
+    _load_model_(folder, model, tensors)
+    _load_optimizer_(folder, model, optimizer, load_file(folder / OPTIMIZER))
+    return Progress(**trainer["progress"])
+
+
+def check_same_run(where: Path, theirs: Mapping[str, object], ours: Mapping[str, object]) -> None:
+    """Refuse to continue one run with the options of another; when to save and what to watch may change.
+
+    Raises:
+        CheckpointError: names the first option that differs, and both values.
+    """
+    theirs, ours = _flat(theirs), _flat(ours)
+    for name in sorted(theirs.keys() | ours.keys()):
+        if not name.startswith(("saving.", "watching.")) and theirs.get(name) != ours.get(name):
+            raise CheckpointError(
+                f"{where} belongs to another run: its {name} is {theirs.get(name)!r}, asked for is {ours.get(name)!r}. "
+                "Repeat its options to resume it, or choose another --out."
+            )
+
+
+def _flat(value: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for key, item in value.items():
+        flat |= _flat(item, f"{prefix}{key}.") if isinstance(item, Mapping) else {f"{prefix}{key}": item}
+    return flat
+
+
+def _load_model_(folder: Path, model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    try:
+        report = model.load_state_dict(tensors, strict=False)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split()[:40])
+        raise CheckpointError(f"{folder} is of another architecture: {reason}") from error
+    state = model.state_dict()
+    loaded = {state[name].data_ptr() for name in tensors if name in state}
+    missing = [
+        name for name in report.missing_keys if state[name].data_ptr() not in loaded
+    ]  # a tied head is stored once
+    for what, names in (("lacks", missing), ("has the unknown", report.unexpected_keys)):
+        if names:
+            raise CheckpointError(f"{folder} is of another architecture: it {what} {names[0]} ({len(names)} tensors).")
+
+
+def _names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
+    """Names of the optimizer's parameters in its own order, which `state_dict` counts in."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """`h.0.weight:first.codes -> tensor`; contiguous copies where a tensor is a view."""
+    state = optimizer.state_dict()["state"]
+    tensors = {}
+    for index, name in enumerate(_names(model, optimizer)):
+        for key, value in _flat(state.get(index, {})).items():
+            assert isinstance(value, Tensor)
+            tensors[f"{name}:{key}"] = value.contiguous()
+    return tensors
+
+
+def _load_optimizer_(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
+) -> None:
+    numbers = {name: index for index, name in enumerate(_names(model, optimizer))}
+    state: dict[int, dict[str, object]] = {}
+    for key, value in tensors.items():
+        name, _, path = key.rpartition(":")
+        if name not in numbers:
+            raise CheckpointError(f"{folder} is of another architecture: it has optimizer state for {name}.")
+        *parents, leaf = path.split(".")
+        entry = state.setdefault(numbers[name], {})
+        for parent in parents:
+            entry = entry.setdefault(parent, {})  # type: ignore[assignment]
+        entry[leaf] = value
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
