@@ -51,5 +51,5 @@ bench: $(STAMP)  ## run every benchmark; results go to benchmarks/results/<devic
 
 docs: $(STAMP)  ## build the site into site/
 	@$(BIN)/python docs/generate.py
-	@$(BIN)/zensical build --clean
+	@$(BIN)/zensical build --clean --strict
 	@echo "docs: open site/index.html"

@@ -31,9 +31,9 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], align: str = "--
 
 
 def number(value: float) -> str:
-    """Return a number as short as it can be said: powers of two far from 1 as such."""
+    """Return a number as short as it can be said, powers of two far from 1 as such."""
     exponent = math.log2(abs(value)) if value else 0.0
-    if abs(exponent) > 12 and exponent.is_integer():
+    if exponent.is_integer() and not -4 <= exponent <= 12:
         return f"{'-' if value < 0 else ''}2^{int(exponent)}"
     return f"{value:.6g}"
 
