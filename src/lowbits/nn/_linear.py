@@ -27,6 +27,7 @@ class _Plan(NamedTuple):
     recipe: Recipe
     streams: dict[str, Noise]
     dtype: torch.dtype
+    layer_name: str
 
 
 class QuantizedLinear(nn.Linear):
@@ -89,11 +90,8 @@ def quantized_linear(layer: QuantizedLayer, x: Tensor, weight: Tensor) -> Tensor
         return linear(x, weight, layer.bias)
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    plan = _Plan(layer.recipe, layer.streams, dtype)
-    try:
-        y = _QuantizedMatmul.apply(x.reshape(-1, x.shape[-1]), weight, layer.noise_step, plan)
-    except ShapeError as error:
-        raise ShapeError(f"{layer.layer_name}: {error}") from None
+    plan = _Plan(layer.recipe, layer.streams, dtype, layer.layer_name)
+    y = _QuantizedMatmul.apply(x.reshape(-1, x.shape[-1]), weight, layer.noise_step, plan)
     y = y.view(*x.shape[:-1], weight.shape[0])
     return y if layer.bias is None else y + layer.bias.to(dtype)
 
@@ -152,7 +150,10 @@ def _operand(x: Tensor, spec: QuantSpec | None, plan: _Plan, role: str, step: Te
     noise = None
     if spec.rounding is Rounding.STOCHASTIC:
         noise = plan.streams[role].uniform(x.shape, step, device=x.device)
-    return quantize(x, spec, noise)
+    try:
+        return quantize(x, spec, noise)
+    except ShapeError as error:  # what was known at conversion was checked there; the number of tokens was not
+        raise ShapeError(f"{plan.layer_name}, {role}: {error}") from None
 
 
 def _gradient(g: Tensor, spec: QuantSpec | None, plan: _Plan, role: str, step: Tensor, axis: int) -> Tensor | QTensor:

@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The three GEMMs against closed forms (U4, U5, U6), and what waits for backward (H3)."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
+
+from lowbits.errors import ShapeError
+from lowbits.formats import INT4, INT8
+from lowbits.nn import Execution, Gemm, Recipe, Save, convert_, high_precision, quantized_layers, set_step_
+from lowbits.quantizers import PerColumn, PerGroup, PerRow, PerTensor, QuantSpec, Rounding
+from lowbits.recipes import NAMED, named
+from tests.oracles.linear_quantizer import fake_quantize
+
+A, W = QuantSpec(INT8, PerRow()), QuantSpec(INT4, PerRow())
+G_WGRAD, G_DGRAD = QuantSpec(INT8, PerColumn()), QuantSpec(INT8, PerRow())
+
+
+def make(recipe: Recipe, conv1d: bool = False, bias: bool = True) -> nn.Module:
+    torch.manual_seed(1)
+    layer = Conv1D(12, 20) if conv1d else nn.Linear(20, 12, bias=bias)
+    model = nn.Sequential(layer)
+    nn.init.normal_(model[0].weight)
+    convert_(model, recipe, verbose=False)
+    return model
+
+
+def run(model: nn.Module, x: torch.Tensor, g: torch.Tensor):
+    model.zero_grad()
+    x = x.clone().requires_grad_()
+    y = model(x)
+    y.backward(g)
+    weight, bias = model[0].weight, model[0].bias
+    return y.detach(), x.grad, weight.grad, None if bias is None else bias.grad
+
+
+SWITCHES = [False, True]
+# qa, qw, qg, which GEMM sees the quantized G, operand-faithful; the last keeps both operands' codes, so it needs both.
+CASES = [
+    c for c in itertools.product(SWITCHES, SWITCHES, SWITCHES, ["wgrad", "dgrad"], SWITCHES) if not c[4] or all(c[:2])
+]
+
+
+@pytest.mark.parametrize(("qa", "qw", "qg", "mode", "faithful"), CASES)
+@pytest.mark.parametrize("conv1d", [False, True])
+def test_u4_placement_equals_closed_forms(qa, qw, qg, mode, faithful, conv1d):
+    gradient = Gemm({"wgrad": G_WGRAD, "dgrad": G_DGRAD}[mode] if qg else None, None)
+    recipe = Recipe(fprop=Gemm(A if qa else None, W if qw else None), save=Save.QUANTIZED if faithful else Save.ORIGINAL,
+                    **{mode: gradient})  # fmt: skip
+    model = make(recipe, conv1d)
+    x, g = torch.randn(7, 20), torch.randn(7, 12)
+    w = model[0].weight.detach().t() if conv1d else model[0].weight.detach()
+    # Spec 2.4 in float64: token scales on X and G, channel scales on W.
+    x64, w64, g64 = (t.double().numpy() for t in (x, w, g))
+    x_hat = fake_quantize(x64, "row", 8) if qa else x64
+    w_hat = fake_quantize(w64, "row", 4) if qw else w64
+    g_hat = fake_quantize(g64, "row", 8) if qg else g64
+    x_back, w_back = (x_hat, w_hat) if faithful else (x64, w64)
+    y = x_hat @ w_hat.T + model[0].bias.detach().double().numpy()
+    dx = (g_hat if mode == "dgrad" else g64) @ w_back
+    dw = (g_hat if mode == "wgrad" else g64).T @ x_back
+    got = run(model, x, g)
+    for ours, expected in zip(got, (y, dx, dw.T if conv1d else dw, g64.sum(0)), strict=True):
+        # Scales are rounded to float32 (2^-24 each) and 20 products of up to 10 are summed: 22 * 2^-24 * 20 * 0.7.
+        np.testing.assert_allclose(ours.numpy(), expected, rtol=1e-6, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("conv1d", [False, True])
+def test_u5_quantizers_off_is_the_plain_layer_bit_for_bit(dtype, conv1d):
+    torch.manual_seed(1)
+    plain = nn.Sequential((Conv1D(12, 20) if conv1d else nn.Linear(20, 12)).to(dtype))
+    ours = copy.deepcopy(plain)
+    convert_(ours, named("w8a8g8"), verbose=False)
+    x, g = torch.randn(3, 5, 20, dtype=dtype), torch.randn(3, 5, 12, dtype=dtype)
+    with high_precision(ours):
+        off = run(ours, x, g)
+    exact = conv1d is False
+    for a, b in zip(off, run(plain, x, g), strict=True):
+        # Conv1D itself calls addmm on [in, out]; the product through linear() may sum in another order.
+        assert (
+            torch.equal(a, b)
+            if exact
+            else torch.allclose(
+                a, b, rtol=2e-2 if dtype is torch.bfloat16 else 1e-5, atol=1e-2 if dtype is torch.bfloat16 else 1e-5
+            )
+        )
+    assert not torch.equal(run(ours, x, g)[0], off[0])
+
+
+def test_fused_qkv_gets_three_sets_of_gradient_scales():
+    recipe = Recipe(wgrad=Gemm(QuantSpec(INT8), None), grad_parts=3)
+    model = make(recipe)
+    x, g = torch.randn(7, 20), torch.randn(7, 12) * torch.tensor([1.0] * 4 + [1e-3] * 4 + [30.0] * 4)
+    _, _, dw, _ = run(model, x, g)
+    parts = [fake_quantize(p.double().numpy(), "tensor", 8) for p in g.chunk(3, 1)]
+    np.testing.assert_allclose(dw.numpy(), np.concatenate(parts, 1).T @ x.double().numpy(), rtol=1e-5, atol=1e-5)
+    merged = fake_quantize(g.double().numpy(), "tensor", 8).T @ x.double().numpy()
+    assert np.abs(merged[4:8]).max() == 0  # one scale for all would have erased the small part
+
+
+@pytest.mark.parametrize("name", sorted(NAMED))
+def test_every_recipe_runs_forward_and_backward(name):
+    recipe = NAMED[name]
+    if recipe.execution is Execution.NATIVE and "fp8" in name:
+        pytest.skip("needs FP8 units")
+    model = make(recipe)
+    y, dx, dw, db = run(model, torch.randn(2, 8, 20), torch.randn(2, 8, 12))
+    for t in (y, dx, dw, db):
+        assert t.isfinite().all()
+    reference = make(Recipe())
+    torch.manual_seed(0)
+    x, g = torch.randn(2, 8, 20), torch.randn(2, 8, 12)
+    for ours, plain in zip(run(model, x, g), run(reference, x, g), strict=True):
+        assert (ours - plain).norm() <= 0.4 * plain.norm()
+
+
+def test_native_int8_equals_its_simulation():
+    simulated, native = make(named("int8_rowwise")), make(named("int8_rowwise_native"))
+    x, g = torch.randn(40, 20), torch.randn(40, 12)
+    for a, b in zip(run(simulated, x, g), run(native, x, g), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def saved_bytes(model: nn.Module, x: torch.Tensor) -> int:
+    """Bytes that autograd keeps for backward, each storage once, parameters left out."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = model(x)
+    del y
+    return sum(kept.values())
+
+
+def test_h3_operand_faithful_saves_codes():
+    """Exact by count: int8 codes and a float32 scale a token, and the same for the weight; the step counter is 8 bytes."""
+    x = torch.randn(256, 20, dtype=torch.bfloat16, requires_grad=True) * 1
+    ref, faithful = (make(replace(named(n), grad_parts=1), bias=False).bfloat16() for n in ("w8a8", "w8a8_faithful"))
+    assert saved_bytes(ref, x) == 256 * 20 * 2 + 8
+    assert saved_bytes(faithful, x) == (256 * 20 + 4 * 256) + (12 * 20 + 4 * 12) + 8
+
+
+def test_autocast_quantizes_the_float32_weight_and_multiplies_in_bf16():
+    model = make(named("w8a8"))
+    x = torch.randn(5, 20)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = model(x)
+    assert y.dtype is torch.bfloat16
+    y.float().sum().backward()
+    assert model[0].weight.grad.dtype is torch.float32
+    w_hat = torch.from_numpy(fake_quantize(model[0].weight.detach().double().numpy(), "row", 8)).bfloat16()
+    x_hat = torch.from_numpy(fake_quantize(x.double().numpy(), "row", 8)).bfloat16()
+    torch.testing.assert_close(y, x_hat @ w_hat.t() + model[0].bias.bfloat16(), rtol=2**-7, atol=2**-7)
+
+
+STOCHASTIC = replace(
+    named("int8_rowwise"), **{g: Gemm(*[QuantSpec(INT8, PerRow(), rounding=Rounding.STOCHASTIC)] * 2) for g in ("dgrad", "wgrad")}
+)  # fmt: skip
+
+
+def test_random_bits_are_a_function_of_the_step():
+    x, g = torch.randn(9, 20), torch.randn(9, 12)
+
+    def at(step: int):
+        model = make(STOCHASTIC)
+        set_step_(model, step)
+        return run(model, x, g)[2]
+
+    assert torch.equal(at(3), at(3))
+    assert not torch.equal(at(3), at(4))
+    torch.testing.assert_close(
+        torch.stack([at(s) for s in range(200)]).mean(0), run(make(Recipe()), x, g)[2], rtol=0, atol=0.1
+    )
+
+
+def test_gradient_checkpointing_gives_the_same_bits():
+    x, g = torch.randn(9, 20), torch.randn(9, 12)
+    for recipe in (STOCHASTIC, named("w8a8g8_faithful")):
+        plain, ckpt = make(recipe), make(recipe)
+        set_step_(plain, 5), set_step_(ckpt, 5)
+        expected = run(plain, x, g)
+        inner = x.clone().requires_grad_()
+        y = checkpoint(ckpt, inner, use_reentrant=False)
+        y.backward(g)
+        assert torch.equal(y, expected[0]) and torch.equal(inner.grad, expected[1])
+        assert torch.equal(ckpt[0].weight.grad, expected[2])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.jit, from inside inductor
+@pytest.mark.parametrize(
+    "recipes",
+    [
+        ("w8a8g8_faithful", "fp8_rowwise"),
+        pytest.param((STOCHASTIC,), marks=pytest.mark.slow, id="stochastic"),
+    ],
+    ids=str,
+)
+def test_compiles_to_one_graph_with_the_same_numbers(recipes):
+    """Differently quantized layers under one compiled forward: constants of formats must not become inputs."""
+    torch._dynamo.reset()
+    for recipe in (named(r) if isinstance(r, str) else r for r in recipes):
+        model = make(recipe)
+        set_step_(model, 2)
+        x, g = torch.randn(9, 20), torch.randn(9, 12)
+        eager = run(model, x, g)
+        model.zero_grad()
+        compiled = torch.compile(model, fullgraph=True)
+        inner = x.clone().requires_grad_()
+        y = compiled(inner)
+        y.backward(g)
+        for a, b in zip((y.detach(), inner.grad, model[0].weight.grad), eager, strict=False):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_non_finite_input_is_propagated():
+    model = make(named("w8a8"))
+    x = torch.randn(4, 20)
+    x[2, 3] = float("nan")
+    y = model(x)
+    assert y[2].isnan().all() and y[[0, 1, 3]].isfinite().all()
+
+
+def test_a_size_known_only_in_training_names_the_layer():
+    model = make(Recipe(wgrad=Gemm(QuantSpec(INT8, PerGroup(8)), None)))
+    (layer,) = quantized_layers(model).values()
+    assert layer.layer_name == "0"
+    x = torch.randn(7, 20, requires_grad=True)
+    with pytest.raises(ShapeError, match="0, wgrad.lhs: .*divisible by 8, got 7"):
+        model(x).sum().backward()
+
+
+def test_extra_repr_shows_the_recipe():
+    assert "fprop int8 row x int8 row; simulated" in repr(make(named("w8a8")))
+    assert "per" not in repr(make(Recipe(fprop=Gemm(QuantSpec(INT8, PerTensor()), None)))).lower().split("recipe")[1]
