@@ -92,19 +92,23 @@ def test_files_carry_the_licence() -> None:
     assert not wrong
 
 
-def test_every_dependency_is_pinned() -> None:
+def declared() -> dict[str, str]:
+    """Return the requirements of pyproject.toml, extras included, by plain name."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    wanted = [
-        *project["dependencies"],
-        *(line for extra in project["optional-dependencies"].values() for line in extra),
-    ]
-    pinned = {line.split("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
+    lines = [*project["dependencies"], *(line for extra in project["optional-dependencies"].values() for line in extra)]
+    return {re.split(r"[\[<>=;! ]", line)[0].lower().replace("_", "-"): line for line in lines}
 
-    def plain(requirement: str) -> str:
-        return re.split(r"[\[<>=;! ]", requirement)[0].lower().replace("_", "-")
 
-    missing = {plain(line) for line in wanted} - {plain(line) for line in pinned} - {"lowbits"}
-    assert not missing
+def test_every_dependency_is_pinned() -> None:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pinned = {line.split("==")[0].lower().replace("_", "-") for line in lines if "==" in line}
+    assert set(declared()) - pinned == {"lowbits"}
+
+
+def test_every_package_that_a_layer_may_import_is_declared() -> None:
+    from tests.test_architecture import LAYERS
+
+    assert set().union(*LAYERS.values()) - set(declared()) == set()
 
 
 def test_make_lists_what_it_can_do() -> None:
