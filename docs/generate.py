@@ -16,7 +16,7 @@ from itertools import compress
 from pathlib import Path
 from typing import Any
 
-from lowbits import formats, recipes
+from lowbits import formats, models, recipes
 from lowbits.formats import Format
 from lowbits.quantizers import QuantSpec
 
@@ -115,6 +115,20 @@ def words(spec: QuantSpec | None) -> str:
     return str(spec) if spec else ""
 
 
+def sizes() -> str:
+    """Every named model size, and who published its shape."""
+    rows = (
+        [
+            f"`{name}`",
+            size.family,
+            *(str(size.shape.get(a, size.shape.get(b))) for a, b in SHAPES.values()),
+            size.source,
+        ]
+        for name, size in models.SIZES.items()
+    )
+    return table(["model", "family", *SHAPES, "shape of"], rows)
+
+
 def results() -> str:
     """The comparison that `make demo` makes, as its report.json was committed; nothing while there is none."""
     file = ROOT / "benchmarks" / "results" / "cpu" / "demo.json"
@@ -148,9 +162,16 @@ def tree() -> str:
     return "```\n" + "\n".join(lines) + "\n```\n"
 
 
+# What the configs of the two families call the same thing.
+SHAPES = {
+    "layers": ("n_layer", "num_hidden_layers"),
+    "width": ("n_embd", "hidden_size"),
+    "heads": ("n_head", "num_attention_heads"),
+}
 TABLES: dict[str, Callable[[], str]] = {
     "formats": format_overview,
     "format values": format_values,
+    "models": sizes,
     "results": results,
     "tree": tree,
     **{f"recipes {family}": partial(recipe_table, family) for family in recipes.FAMILIES},
