@@ -72,4 +72,6 @@ def _dispatch(words: list[str]) -> int:
 
 def _help() -> str:
     lines = [f"  {name:<10}{summary}" for name, summary in COMMANDS.items()]
-    return "\n".join(["usage: lowbits COMMAND [options]", "", "Train neural networks in few bits.", "", *lines, _EXAMPLES])
+    return "\n".join(
+        ["usage: lowbits COMMAND [options]", "", "Train neural networks in few bits.", "", *lines, _EXAMPLES]
+    )

@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lowbits.errors import CheckpointError, RunError, UnknownNameError
-from lowbits.models._sizes import SIZES
+from lowbits.errors import CheckpointError, RunError
+from lowbits.models._sizes import SIZES, size
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -33,13 +33,11 @@ def config(name: str, vocab_size: int, block: int) -> PretrainedConfig:
     """
     from transformers import AutoConfig
 
-    if name not in SIZES:
-        raise UnknownNameError("model", name, SIZES, where="lowbits train --help")
-    size = SIZES[name]
-    positions = {"gpt2": "n_positions", "llama": "max_position_embeddings"}[size.family]
+    chosen = size(name)
+    positions = {"gpt2": "n_positions", "llama": "max_position_embeddings"}[chosen.family]
     no_tokens = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}  # the data's tokenizer brings them
     padded = -(-vocab_size // 8) * 8
-    return AutoConfig.for_model(size.family, vocab_size=padded, **{positions: block}, **no_tokens, **size.shape)
+    return AutoConfig.for_model(chosen.family, vocab_size=padded, **{positions: block}, **no_tokens, **chosen.shape)
 
 
 def build(name_or_folder: str, vocab_size: int, block: int, seed: int, dropout: float = 0.0) -> PreTrainedModel:
@@ -82,7 +80,7 @@ def _load(folder: Path, block: int, dropout: float) -> PreTrainedModel:
         settings = AutoConfig.from_pretrained(folder, local_files_only=True)
         _check_positions(folder, settings, block)
         _set_dropout(settings, dropout)
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             config=settings,
             local_files_only=True,
@@ -94,6 +92,7 @@ def _load(folder: Path, block: int, dropout: float) -> PreTrainedModel:
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{folder} cannot be loaded as a causal language model: {reason}") from error
+    model, report = loaded  # the result is a pair only with output_loading_info
     if report["missing_keys"]:
         name = sorted(report["missing_keys"])[0]
         raise CheckpointError(

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from lowbits.errors import UnknownNameError
+
 
 @dataclass(frozen=True)
 class Size:
@@ -49,3 +51,16 @@ SIZES: dict[str, Size] = {
     "llama-3b": _llama(26, 3200, 32, 8640, "OpenLLaMA 3B"),
     "llama-7b": _llama(32, 4096, 32, 11008, "Touvron et al. 2023, arXiv:2307.09288"),
 }
+
+
+def size(name: str) -> Size:
+    """Return a named size.
+
+    Args:
+        name: a key of `SIZES`.
+    Raises:
+        UnknownNameError: there is none; the message offers the nearest.
+    """
+    if name not in SIZES:
+        raise UnknownNameError("model", name, SIZES, where="lowbits train --help")
+    return SIZES[name]

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Keep checkpoints that are either whole or recognised as torn.
 
-A checkpoint is filled in a hidden folder, every file is synced, a manifest with the SHA-256 of each is written last, and
-only then the folder gets its name. Whatever instant the process dies at, a folder called `step-...` is whole; what the
-disk does to it later, the manifest shows.
+A checkpoint is filled in a hidden folder, every file is synced, a manifest with the SHA-256 of each is written last,
+and only then the folder gets its name. Whatever instant the process dies at, a folder called `step-...` is whole; what
+the disk does to it later, the manifest shows.
 """
 
 from __future__ import annotations

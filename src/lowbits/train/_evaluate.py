@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measure a model: its loss on a batch, on the validation split with the quantizers on and off, and in a sample of text."""
+"""Measure a model: its loss on a batch and on the validation split, quantizers on and off, and a sample of its text."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 _PROMPT, _SAMPLE = 16, 120  # tokens
 
 
-def autocast(run: Run, world: World) -> AbstractContextManager[None]:
+def autocast(run: Run, world: World) -> torch.autocast:
     """Return the precision context of a run's forward pass."""
     return torch.autocast(world.device.type, torch.bfloat16, enabled=run.compute.autocast is Autocast.BF16)
 

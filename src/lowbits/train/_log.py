@@ -150,7 +150,7 @@ class WeightsAndBiases:
         import hashlib
 
         try:
-            import wandb
+            import wandb  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise _missing(Sink.WANDB) from error
         identity = hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:16]

@@ -15,7 +15,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +27,8 @@ from lowbits.errors import RunError
 from lowbits.nn import Conversion, convert_, set_step_
 from lowbits.optim import AdamW, param_groups
 from lowbits.train._checkpoint import newest_intact, tidy, write_checkpoint
-from lowbits.train._display import Display
 from lowbits.train._disk import write_json
+from lowbits.train._display import Display
 from lowbits.train._evaluate import autocast, causal_loss, evaluate, sample
 from lowbits.train._folder import CHECKPOINTS, LOG, RESULT, begin, changed_environment, earlier_result
 from lowbits.train._guard import Event, Source, find_source, judge
@@ -148,7 +148,7 @@ def _build(run: Run, data: TokenData, here: World) -> tuple[PreTrainedModel, Con
     if callable(run.model):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run.seed)
-            model = run.model(data.vocab_size, run.block).train()
+            model = cast("PreTrainedModel", run.model(data.vocab_size, run.block)).train()
     else:
         model = models.build(run.model, data.vocab_size, run.block, run.seed, run.dropout)
     check_vocabulary(data, model.get_input_embeddings().weight.shape[0])  # type: ignore[union-attr, index]
@@ -228,7 +228,8 @@ def _step(t: _Training, interrupts: Interrupts) -> tuple[float, float, bool]:
             (loss / run.accumulation).backward()
         losses.append(loss.detach())
     # One reduction for what all processes must agree on, one transfer for what the host must know.
-    shared = torch.stack([torch.stack(losses).mean(), torch.tensor(float(interrupts.caught is not None)).to(loss)])
+    mean = torch.stack(losses).mean()
+    shared = torch.stack([mean, mean.new_tensor(float(interrupts.caught is not None))])
     parameters = [p for p in t.model.parameters() if p.grad is not None]
     norm = nn.utils.clip_grad_norm_(parameters, run.optimizer.clip or math.inf)
     mean_loss, stop, grad_norm = torch.cat([t.world.mean(shared), norm.view(1)]).tolist()

@@ -7,20 +7,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 from torch import nn
 
-from lowbits import recipes
+from lowbits import models, recipes
 from lowbits.errors import RunError
 from lowbits.nn import Recipe
 from lowbits.train._schedule import Schedule
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-# What a user's own architecture is: (vocab_size, block) -> model. Called under the run's seed.
-ModelFactory: TypeAlias = "Callable[[int, int], PreTrainedModel]"
+# A user's own architecture: (vocab_size, block) -> a transformers model. Called under the run's seed.
+ModelFactory: TypeAlias = Callable[[int, int], nn.Module]
 # Which recipe a layer gets; None leaves it in high precision.
 LayerChoice: TypeAlias = Callable[[str, nn.Module], Recipe | None]
 
@@ -122,12 +119,12 @@ class Run:
     """Describe one training run; `train(run, out)` carries it out.
 
     Args:
-        model: a named size (gpt2-nano, gpt2-small, ... llama-7b) or a Hugging Face folder; in Python also a callable
-            (vocab_size, block) -> model.
+        model: a Hugging Face folder, or a size: gpt2-nano, -small, -medium, -large, -xl, llama-15m, -42m, -110m, -134m,
+            -small, -1b, -3b, -7b; in Python also a callable (vocab_size, block) -> model.
         data: a folder made by `lowbits data prepare`, or `stdlib`: the source code of Python's standard library.
         recipe: what to quantize, a name that `lowbits recipes` prints; in Python also a Recipe.
         quantize_head: quantize the output head too.
-        split_qkv: give the gradients of q, k and v scales of their own where a model computes them in one layer (GPT-2).
+        split_qkv: give the gradients of q, k and v scales of their own where one layer computes all three (GPT-2).
         layers: in Python only: (name, module) -> Recipe or None, asked for every linear layer instead of `recipe`.
         steps: optimizer steps.
         batch_size: sequences in an optimizer step, over all micro-batches and processes.
@@ -142,7 +139,7 @@ class Run:
         watching: log, evaluation, guards.
     Raises:
         RunError: a number is out of its range.
-        UnknownNameError: no recipe has this name.
+        UnknownNameError: no recipe, or no model, has this name.
     """
 
     model: str | ModelFactory = "gpt2-nano"
@@ -166,6 +163,8 @@ class Run:
     def __post_init__(self) -> None:
         if isinstance(self.recipe, str):
             recipes.named(self.recipe)
+        if isinstance(self.model, str) and not Path(self.model).is_dir():
+            models.size(self.model)
         for name, value, least in (
             ("steps", self.steps, 1),
             ("batch-size", self.batch_size, 1),

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write the state of a training into a checkpoint's files and read it back, bit for bit.
 
-Random streams and the data position are pure functions of (seed, step) and need no bytes here. Optimizer state is stored
-as the optimizer stores it: codes stay codes.
+Random streams and the data position are pure functions of (seed, step) and need no bytes here. Optimizer state is
+stored as the optimizer stores it: codes stay codes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -162,7 +162,7 @@ def _load_optimizer_(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
 ) -> None:
     numbers = {name: index for index, name in enumerate(_names(model, optimizer))}
-    state: dict[int, dict[str, object]] = {}
+    state: dict[int, dict[str, Any]] = {}
     for key, value in tensors.items():
         name, _, path = key.rpartition(":")
         if name not in numbers:
@@ -170,6 +170,6 @@ def _load_optimizer_(
         *parents, leaf = path.split(".")
         entry = state.setdefault(numbers[name], {})
         for parent in parents:
-            entry = entry.setdefault(parent, {})  # type: ignore[assignment]
+            entry = entry.setdefault(parent, {})
         entry[leaf] = value
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
