@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Train every recipe under every seed on equal terms: the runs differ in recipe and seed, and in nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shlex
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from lowbits.errors import RunError
+from lowbits.study._arms import Plan
+from lowbits.study._plan import plan
+from lowbits.study._process import Trainer, context, settle, start, stop
+from lowbits.study._progress import Board
+from lowbits.study._records import COMPARISON, CONFIG, LOG, RESULT, Record, read_json, read_run
+from lowbits.study._report import write_report
+from lowbits.study._summary import Summary
+from lowbits.train import Device, Run, train
+
+DATA = "stdlib-tokens"
+_POLL_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a comparison.
+
+    Args:
+        name: for people.
+        run: what to do.
+        out: its folder.
+    """
+
+    name: str
+    run: Run
+    out: Path
+
+
+def compare(
+    recipes: Sequence[str],
+    seeds: Sequence[int],
+    base: Run,
+    out: str | Path,
+    *,
+    jobs: int | None = None,
+    trainer: Trainer = train,
+) -> Summary:
+    """Train each recipe under each seed, then write `report.html` and `report.json` into `out`.
+
+    Runs that have come to an end are not repeated, interrupted ones go on where they stopped. A run that crashes or
+    diverges stops no other; it is in the report as such.
+
+    Args:
+        recipes: names of `lowbits.recipes.NAMED`, the baseline first; `null` repeats the baseline under other seeds.
+        seeds: each recipe is trained once with each.
+        base: everything that the runs have in common; its recipe and seed are replaced.
+        out: the folder of the comparison.
+        jobs: runs at a time; None: one on CUDA, one a core on the CPU. The cores are shared out evenly.
+        trainer: what carries out a run.
+    Returns:
+        What the report shows.
+    Raises:
+        RunError: the comparison makes no sense, `out` holds runs of another configuration, or every run failed.
+        UnknownNameError: a recipe does not exist.
+        DataError: the data cannot be used.
+    """
+    out = Path(out)
+    plans = plan(recipes, seeds)
+    _check(base, jobs)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    every = _jobs_of(plans, base, out)
+    todo = [job for job in every if _open(job).status not in ("finished", "diverged")]
+    _claim(out, plans, base)
+    _prepare(base, out, needed=bool(todo))
+    at_once = min(jobs or (1 if _on_cuda(base) else cores), len(every))
+    _train_all(todo, at_once, max(1, cores // at_once), (len(every) - len(todo)) * base.steps, trainer)
+    summary = write_report(out)
+    _complain_if_all_failed(summary)
+    return summary
+
+
+def _check(base: Run, jobs: int | None) -> None:
+    if jobs is not None and jobs < 1:
+        raise RunError(f"jobs is the number of runs at a time, at least 1, got {jobs}.")
+    if base.layers is not None:
+        raise RunError("base.layers would give every recipe the same layers; leave it None and name recipes.")
+    try:
+        pickle.dumps(base)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise RunError(
+            f"base cannot be sent to another process ({error}); define its model at module level."
+        ) from error
+
+
+def _jobs_of(plans: Sequence[Plan], base: Run, out: Path) -> list[Job]:
+    """The runs, all recipes of the first seed before any of the second: an early look compares them all."""
+    data = str(out / DATA) if base.data == "stdlib" else base.data
+    jobs = [
+        (
+            index,
+            Job(f"{p.name} seed {seed}", replace(base, recipe=p.recipe, seed=seed, data=data), _folder(out, p, seed)),
+        )
+        for p in plans
+        for index, seed in enumerate(p.seeds)
+    ]
+    return [job for _, job in sorted(jobs, key=lambda pair: pair[0])]
+
+
+def _folder(out: Path, arm: Plan, seed: int) -> Path:
+    return out / arm.name / f"seed-{seed}"
+
+
+def _open(job: Job) -> Record:
+    """Read what a run's folder holds and refuse a run of another configuration."""
+    there = read_json(job.out / CONFIG)
+    wanted = json.loads(json.dumps(job.run.resolved()))
+    other = [
+        f"{key} is {there.get(key)} there, {value} here" for key, value in wanted.items() if there.get(key) != value
+    ]
+    if there and other:
+        raise RunError(
+            f"{job.out} holds a run with another configuration ({'; '.join(other)[:300]}). Choose another --out, or "
+            "give the options of then; nothing was changed."
+        )
+    if not there and any((job.out / name).exists() for name in (LOG, RESULT)):
+        raise RunError(f"{job.out} holds a run without {CONFIG}, so it cannot be gone on with. Choose another --out.")
+    return read_run(job.out, job.run.seed)
+
+
+def _claim(out: Path, plans: Sequence[Plan], base: Run) -> None:
+    """Say in comparison.json what is compared; runs of earlier recipes stay on disk beside it."""
+    words = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    told = {"arms": [asdict(p) for p in plans], "command": shlex.join(words), "base": base.resolved()}
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        aside = out / f"{COMPARISON}.tmp"
+        aside.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+        aside.replace(out / COMPARISON)
+    except OSError as error:
+        raise RunError(
+            f"{out} cannot be written: {error.strerror}. Choose another --out or change its owner."
+        ) from error
+
+
+def _prepare(base: Run, out: Path, needed: bool) -> None:
+    """Make or check the data once, before the runs need it at the same time."""
+    from lowbits.data import TokenData, prepare
+
+    if not needed:
+        return
+    if base.data == "stdlib":
+        prepare("stdlib", out / DATA)
+    else:
+        TokenData.open(base.data)
+
+
+def _on_cuda(base: Run) -> bool:
+    import torch
+
+    return base.compute.device is not Device.CPU and torch.cuda.is_available()
+
+
+def _train_all(todo: Sequence[Job], at_once: int, threads: int, done_steps: int, trainer: Trainer) -> None:
+    """Keep `at_once` processes busy until all runs have ended."""
+    if not todo:
+        return
+    how, waiting = context(), list(reversed(todo))
+    running: dict[Path, tuple[Job, BaseProcess]] = {}
+    with Board(done_steps + sum(job.run.steps for job in todo), done_steps) as board, _sigterm_as_exit():
+        board.say(f"{len(todo)} runs, {at_once} at a time, {threads} threads each")
+        try:
+            while waiting or running:
+                while waiting and len(running) < at_once:
+                    job = waiting.pop()
+                    running[job.out] = job, start(how, trainer, job.run, job.out, threads)
+                    board.begin(job.name, job.out, job.run.steps)
+                wait([process.sentinel for _, process in running.values()], _POLL_SECONDS)
+                board.update()
+                for job, process in [pair for pair in running.values() if not pair[1].is_alive()]:
+                    del running[job.out]
+                    settle(process, job.out)
+                    board.end(job.name, read_run(job.out, job.run.seed), job.run.steps)
+        finally:
+            if running:
+                board.say("stopping: the running ones save their state; the same command goes on")
+                stop({out: process for out, (_, process) in running.items()})
+
+
+@contextmanager
+def _sigterm_as_exit() -> Iterator[None]:
+    """Let SIGTERM unwind like Ctrl-C does, so that the runs are told to save."""
+
+    def leave(number: int, _: FrameType | None) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _complain_if_all_failed(summary: Summary) -> None:
+    runs = [run for arm in summary.arms for run in arm.runs]
+    if all(run.status == "failed" for run in runs):
+        raise RunError(f"every run failed; the first said: {runs[0].message} Its output is in {runs[0].directory}.")

@@ -1,0 +1,45 @@
+// SPDX-License-Identifier: Apache-2.0
+// Draw the charts; one legend hides a recipe in every curve, one switch changes every map.
+"use strict";
+(() => {
+  const figures = JSON.parse(document.getElementById("figures").textContent);
+  const charts = new Map();
+  // A finger on a chart scrolls the page; a mouse selects a range.
+  const dragmode = matchMedia("(pointer: fine)").matches ? "zoom" : false;
+  for (const [name, figure] of Object.entries(figures)) {
+    const place = document.getElementById(name);
+    if (!place) continue;
+    charts.set(name, place);
+    Plotly.newPlot(place, figure.data, { ...figure.layout, dragmode }, { responsive: true, displayModeBar: false });
+  }
+
+  const press = (button, on) => button.setAttribute("aria-pressed", String(on));
+  const visible = (names, shown) => {
+    for (const name of names) {
+      const place = charts.get(name);
+      if (!place) continue;
+      const traces = place.data.map((trace, i) => [trace.meta, i]).filter(([meta]) => meta in shown);
+      if (traces.length) {
+        Plotly.restyle(place, { visible: traces.map(([meta]) => shown[meta]) }, traces.map(([, i]) => i));
+      }
+    }
+  };
+
+  for (const button of document.querySelectorAll("[data-arm]")) {
+    button.addEventListener("click", () => {
+      const on = button.getAttribute("aria-pressed") !== "true";
+      press(button, on);
+      visible(["validation", "training", "gap-curve"], { [button.dataset.arm]: on });
+    });
+  }
+  const metrics = [...document.querySelectorAll("[data-metric]")];
+  for (const button of metrics) {
+    button.addEventListener("click", () => {
+      for (const other of metrics) press(other, other === button);
+      const shown = Object.fromEntries(metrics.map((other) => [other.dataset.metric, other === button]));
+      visible([...charts.keys()].filter((name) => name.startsWith("errors-")), shown);
+    });
+  }
+  addEventListener("beforeprint", () => charts.forEach((place) => Plotly.Plots.resize(place)));
+  document.documentElement.dataset.drawn = String(charts.size);
+})();
