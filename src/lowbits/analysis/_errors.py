@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
@@ -66,15 +66,6 @@ def quantize_once(x: Tensor, spec: QuantSpec) -> QTensor:
     if spec.rounding is Rounding.NEAREST:
         return quantize(x, spec)
     return quantize(x, spec, Noise.of(0, "analysis", "x").uniform(x.shape, 0, device=x.device))
-
-
-def nearest(spec: QuantSpec) -> QuantSpec:
-    """Return the spec with nearest rounding, which is how a finished tensor is stored.
-
-    Args:
-        spec: any.
-    """
-    return replace(spec, rounding=Rounding.NEAREST)
 
 
 def _compare(x: Tensor, q: QTensor) -> TensorErrors:

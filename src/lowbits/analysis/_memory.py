@@ -12,15 +12,13 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from lowbits.analysis._errors import nearest
+from lowbits.analysis._stored import stored_bytes
 from lowbits.nn import QuantizedLayer, Save, quantized_layers
-from lowbits.quantizers import QuantSpec, quantize
 
 Batch = TypeVar("Batch")
 
@@ -114,21 +112,6 @@ def weights_in_few_bits(model: nn.Module) -> int:
         if spec is not None and id(layer.weight) not in plain:
             total += stored_bytes((layer.out_features, layer.in_features), spec) - layer.weight.nbytes
     return total
-
-
-@lru_cache(maxsize=1024)
-def stored_bytes(shape: tuple[int, ...], spec: QuantSpec) -> int:
-    """Return the bytes of a tensor stored as packed codes, float32 scales and zero points.
-
-    Runs the quantizer on a tensor without data, so it is what `quantize(...).pack()` allocates, to the byte.
-
-    Args:
-        shape: of the tensor, its last axis contracted by the GEMM.
-        spec: how it is quantized.
-    Raises:
-        ShapeError: the granularity does not fit the shape.
-    """
-    return quantize(torch.empty(shape, device="meta"), nearest(spec)).pack().nbytes()
 
 
 @dataclass
