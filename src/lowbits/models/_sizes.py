@@ -37,6 +37,7 @@ _TINY = "Karpathy, llama2.c"
 _STUDY = "Chitsaz et al. 2024, reference configs"
 
 SIZES: dict[str, Size] = {
+    "gpt2-pico": _gpt2(4, 128, 4, "0.8M parameters: experiments of many runs on a CPU"),
     "gpt2-nano": _gpt2(4, 192, 6, "the demo: learns visibly in a minute on two cores"),
     "gpt2-small": _gpt2(12, 768, 12, _RADFORD),
     "gpt2-medium": _gpt2(24, 1024, 16, _RADFORD),
