@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lowbits import formats, models, recipes
-from lowbits.formats import Format
+from lowbits.formats import FloatFormat, Format
 from lowbits.quantizers import QuantSpec
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,7 +41,18 @@ def number(value: float) -> str:
 def format_overview() -> str:
     """One row a format: what `lowbits formats` prints."""
     return table(
-        ["format", "bits", "codes", "values", "lowest", "largest", "smallest > 0", "zero", "not numbers"],
+        [
+            "format",
+            "bits",
+            "codes",
+            "values",
+            "lowest",
+            "largest",
+            "smallest normal",
+            "smallest > 0",
+            "zero",
+            "not numbers",
+        ],
         (
             [
                 f"`{fmt.name}`",
@@ -50,6 +61,7 @@ def format_overview() -> str:
                 str(len(fmt.values())),
                 number(fmt.min),
                 number(fmt.max),
+                number(2.0**fmt.min_normal_exponent) if isinstance(fmt, FloatFormat) else "",
                 number(fmt.smallest),
                 "yes" if fmt.has_zero else "no",
                 not_numbers(fmt),
