@@ -7,6 +7,7 @@ Each takes a model, a function `loss(model, batch) -> scalar` where one is neede
 from lowbits.analysis._dequantized import dequantized
 from lowbits.analysis._errors import TensorErrors, tensor_errors
 from lowbits.analysis._evaluating import evaluating
+from lowbits.analysis._fewshot import Accuracy, fewshot
 from lowbits.analysis._gradients import GradientSparsity, gradient_sparsity, magnitude_histogram, output_gradients
 from lowbits.analysis._ledger import Ledger, linear_input_bytes, predict_memory
 from lowbits.analysis._linears import linear_layers, output_axes
@@ -23,6 +24,7 @@ from lowbits.analysis._tape import Kind
 from lowbits.analysis._time_share import Family, TimeShare, classify, family_of, linear_flops_share, time_share
 
 __all__ = [
+    "Accuracy",
     "Bytes",
     "ChannelStatistics",
     "Family",
@@ -43,6 +45,7 @@ __all__ = [
     "device_name",
     "evaluating",
     "family_of",
+    "fewshot",
     "filter_normalised_direction",
     "gradient_sparsity",
     "heat_map",
