@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 from pathlib import Path
 
 # Before torch is imported, and inherited by the processes that tests start.
@@ -36,6 +37,13 @@ def _seeds() -> None:
 def repository() -> Path:
     """Return the root of the repository."""
     return ROOT
+
+
+@pytest.fixture(scope="session")
+def compile_backend() -> str:
+    """Return the backend to test `torch.compile` with: inductor, or capture alone where no C++ compiler is."""
+    found = any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++"))
+    return "inductor" if found else "aot_eager"
 
 
 @pytest.fixture(scope="session")
