@@ -152,7 +152,9 @@ def results() -> str:
         for arm in report["arms"]
     )
     header = ["recipe", "quantizes", "validation loss, nats", "gap", "verdict"]
-    return f"{table(header, rows)}\n{report['compared']} {report['noise_words']}\n"
+    facts = dict(report["environment"])
+    made = f"`{report['command']}`, torch {facts['versions torch']}, commit {facts['commit']}."
+    return f"{table(header, rows)}\n{report['compared']} {report['noise_words']} Made by {made}\n"
 
 
 def spread(value: dict[str, Any]) -> str:
