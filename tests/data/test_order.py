@@ -18,6 +18,7 @@ def test_each_window_comes_exactly_once_an_epoch(windows: int, batch_size: int, 
     row = np.concatenate([windows_of_step(step, batch_size, windows, seed) for step in steps])
     inside = row[first - steps[0] * batch_size :][:windows]
     assert sorted(inside.tolist()) == list(range(windows))
+    assert inside.tolist() == permutation(seed, epoch, windows).tolist()  # in this epoch's own order
 
 
 @given(windows=counts, batch_size=counts, seed=seeds, steps=st.lists(st.integers(0, 200), max_size=8))

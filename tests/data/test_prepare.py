@@ -48,7 +48,7 @@ def test_the_same_request_gives_the_same_bytes(tmp_path: Path, quiet: Console) -
 
 def test_asking_again_says_so_and_asking_for_something_else_is_refused(tmp_path: Path) -> None:
     out, said = tmp_path / "out", StringIO()
-    console = Console(file=said, width=1000)
+    console = Console(file=said)
     path = tmp_path / "text.txt"
     path.write_text("\n".join(TEXT))
     data = prepare(path, out, vocab_size=300, console=console)

@@ -44,7 +44,7 @@ def test_json_lines_and_parquet_and_saved_data_sets_agree(tmp_path: Path) -> Non
     datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
     for name in ("a.jsonl", "a.parquet", "saved"):
         assert read(tmp_path / name, "body") == ["one\n", "zwei ü", ""]
-        with pytest.raises(DataError, match="no field 'text'; there are: body, n"):
+        with pytest.raises(DataError, match="no field 'text', only body, n"):
             read(tmp_path / name)
         with pytest.raises(DataError, match="field 'n' holds int"):
             read(tmp_path / name, "n")
@@ -83,6 +83,10 @@ def test_a_folder_is_read_in_order_without_hidden_and_foreign_files(tmp_path: Pa
         (tmp_path / name).write_text(name)
     (tmp_path / "z.jsonl").write_text('{"text": "z"}')
     assert read(tmp_path) == ["B.rst", "a.md", "z", "b/1.py"]
+    for name in "qdxambzr":  # no file system happens to list all of these in order
+        (tmp_path / "b" / name).mkdir()
+        (tmp_path / "b" / name / "text.txt").write_text(name)
+    assert read(tmp_path) == ["B.rst", "a.md", "z", "b/1.py", *"abdmqrxz"]
     before = find_source(tmp_path).fingerprint()
     (tmp_path / "b" / "1.py").write_text("other")
     assert find_source(tmp_path).fingerprint() != before

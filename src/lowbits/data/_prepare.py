@@ -77,7 +77,7 @@ def prepare(
         raise DataError(f"vocab_size: at least {MIN_VOCABULARY} (256 bytes and the end of text), got {vocab_size}.")
     if not 0 < val_fraction <= 0.5:
         raise DataError(f"val_fraction: a share above 0 and up to 0.5, got {val_fraction}.")
-    out, console = Path(out), console or Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    out, console = Path(out), console or Console(stderr=True)
     training, held_out = _sources(sources), _sources(validation)
     if not training:
         raise DataError("no sources. Name a file, a folder, `stdlib`, or `hf:OWNER/NAME`.")
@@ -134,7 +134,7 @@ def _is_done(out: Path, request: dict[str, object], console: Console) -> bool:
             f"{out}: already holds data made from another request (differs in: {', '.join(other)})."
             " Choose another folder for --out, or remove it first."
         )
-    console.print(f"{out}: this data is there already, nothing to do")
+    console.print(f"{out}: this data is there already, nothing to do", markup=False, highlight=False, soft_wrap=True)
     return True
 
 

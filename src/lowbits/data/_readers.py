@@ -261,7 +261,9 @@ def _decode(data: bytes, path: Path, start: int) -> str:
 
 def _require(field: str, names: list[str], where: str) -> None:
     if field not in names:
-        raise DataError(f"{where}: no field {field!r}; there are: {', '.join(names)}. Choose one with --text-field.")
+        raise DataError(
+            f"{where}: no field {field!r}, only {', '.join(names)}. Choose one with --text-field, or leave it out."
+        )
 
 
 def _text(value: object, field: str, where: str) -> str:

@@ -191,7 +191,7 @@ class TokenData:
         """Fill a row with the tokens from `start` on; it may lie in several shards."""
         filled = 0
         for shard in self._shards[split]:
-            if filled < len(row) and start < len(shard):
+            if start < len(shard):
                 part = shard[start : start + len(row) - filled]
                 row[filled : filled + len(part)] = part
                 filled, start = filled + len(part), start + len(part)
