@@ -116,7 +116,7 @@ def _result(arm: str, seed: int, final: float, steps: int) -> dict[str, object]:
 SAMPLE = '''def read(self, size=-1):
     """Read up to size bytes from the object and return them."""
     if self.closed:
-        raise ValueError("I/O operation on <closed> file & more")
+        raise ValueError("I/O operation on <closed> </script> file & more")
     return self._buffer.read(size)
 '''
 

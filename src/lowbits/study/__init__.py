@@ -13,5 +13,6 @@ from __future__ import annotations
 from lowbits.study._compare import compare
 from lowbits.study._report import write_report
 from lowbits.study._summary import Summary, summarize
+from lowbits.study._table import print_summary
 
-__all__ = ["Summary", "compare", "summarize", "write_report"]
+__all__ = ["Summary", "compare", "print_summary", "summarize", "write_report"]

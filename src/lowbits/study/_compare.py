@@ -24,7 +24,7 @@ from lowbits.study._arms import Plan
 from lowbits.study._plan import plan
 from lowbits.study._process import Trainer, context, settle, start, stop
 from lowbits.study._progress import Board
-from lowbits.study._records import COMPARISON, CONFIG, LOG, RESULT, Record, read_json, read_run
+from lowbits.study._records import COMPARISON, CONFIG, LOG, RESULT, Line, Record, read_json, read_run
 from lowbits.study._report import write_report
 from lowbits.study._summary import Summary
 from lowbits.train import Device, Run, train
@@ -79,12 +79,13 @@ def compare(
     out = Path(out)
     plans = plan(recipes, seeds)
     _check(base, jobs)
+    on_cuda = _on_cuda(base)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     every = _jobs_of(plans, base, out)
+    at_once = min(jobs or (1 if on_cuda else cores), len(every))
     todo = [job for job in every if _open(job).status not in ("finished", "diverged")]
-    _claim(out, plans, base)
     _prepare(base, out, needed=bool(todo))
-    at_once = min(jobs or (1 if _on_cuda(base) else cores), len(every))
+    _claim(out, plans, base, at_once)
     _train_all(todo, at_once, max(1, cores // at_once), (len(every) - len(todo)) * base.steps, trainer)
     summary = write_report(out)
     _complain_if_all_failed(summary)
@@ -125,24 +126,37 @@ def _folder(out: Path, arm: Plan, seed: int) -> Path:
 def _open(job: Job) -> Record:
     """Read what a run's folder holds and refuse a run of another configuration."""
     there = read_json(job.out / CONFIG)
-    wanted = json.loads(json.dumps(job.run.resolved()))
-    other = [
-        f"{key} is {there.get(key)} there, {value} here" for key, value in wanted.items() if there.get(key) != value
-    ]
-    if there and other:
+    if there and (other := _differences(there, json.loads(json.dumps(job.run.resolved())))):
         raise RunError(
-            f"{job.out} holds a run with another configuration ({'; '.join(other)[:300]}). Choose another --out, or "
-            "give the options of then; nothing was changed."
+            f"{job.out} holds a run with another configuration: {'; '.join(other)}. Choose another --out, or give the "
+            "options of then; nothing was changed."
         )
     if not there and any((job.out / name).exists() for name in (LOG, RESULT)):
         raise RunError(f"{job.out} holds a run without {CONFIG}, so it cannot be gone on with. Choose another --out.")
     return read_run(job.out, job.run.seed)
 
 
-def _claim(out: Path, plans: Sequence[Plan], base: Run) -> None:
+def _differences(there: Line, here: Line, prefix: str = "") -> list[str]:
+    """What two configurations disagree in, of the keys that are here."""
+    found: list[str] = []
+    for key, value in here.items():
+        theirs = there.get(key)
+        if isinstance(value, dict) and isinstance(theirs, dict):
+            found += _differences(theirs, value, f"{prefix}{key}.")
+        elif theirs != value:
+            found.append(f"{prefix}{key} is {theirs} there, {value} here")
+    return found
+
+
+def _claim(out: Path, plans: Sequence[Plan], base: Run, at_once: int) -> None:
     """Say in comparison.json what is compared; runs of earlier recipes stay on disk beside it."""
     words = [Path(sys.argv[0]).name, *sys.argv[1:]]
-    told = {"arms": [asdict(p) for p in plans], "command": shlex.join(words), "base": base.resolved()}
+    told = {
+        "arms": [asdict(p) for p in plans],
+        "command": shlex.join(words),
+        "runs_at_a_time": at_once,
+        "base": base.resolved(),
+    }
     try:
         out.mkdir(parents=True, exist_ok=True)
         aside = out / f"{COMPARISON}.tmp"
@@ -167,9 +181,13 @@ def _prepare(base: Run, out: Path, needed: bool) -> None:
 
 
 def _on_cuda(base: Run) -> bool:
+    """Whether the runs will be on CUDA."""
     import torch
 
-    return base.compute.device is not Device.CPU and torch.cuda.is_available()
+    wish, available = base.compute.device, torch.cuda.is_available()
+    if wish is Device.CUDA and not available:
+        raise RunError("--device cuda was asked for, but torch sees no CUDA device here; use --device cpu or auto.")
+    return wish is not Device.CPU and available
 
 
 def _train_all(todo: Sequence[Job], at_once: int, threads: int, done_steps: int, trainer: Trainer) -> None:

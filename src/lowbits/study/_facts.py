@@ -10,20 +10,20 @@ from lowbits.study._numbers import count
 from lowbits.study._records import Line, Record, finite
 
 Facts = tuple[tuple[str, str], ...]
-# Told in `setup`, or different by design.
-_NOT_ENVIRONMENT = ("device",)
+# Told in `setup`, or different in every run.
+_NOT_ENVIRONMENT = ("device", "device type", "processes", "time")
 _DATA = {"stdlib": "stdlib (the source code of Python's standard library)"}
 
 
-def setup(base: Line, records: Sequence[Record], arms: Sequence[Arm]) -> Facts:
+def setup(told: Line, records: Sequence[Record], arms: Sequence[Arm]) -> Facts:
     """Return model, data, budget and device as labels and values.
 
     Args:
-        base: what the runs have in common, as comparison.json says; empty where there is none.
+        told: comparison.json; empty where there is none.
         records: every run of the comparison.
         arms: in short.
     """
-    config = base or next((r.config for r in records if r.config), {})
+    config = told.get("base") or next((r.config for r in records if r.config), {})
     result = next((r.result for r in records if r.status == "finished"), {})
     device = next((str(r.environment["device"]) for r in records if r.environment.get("device")), "")
     facts = {
@@ -33,6 +33,7 @@ def setup(base: Line, records: Sequence[Record], arms: Sequence[Arm]) -> Facts:
         ),
         "Budget": _joined(_counted(result, "steps", "steps"), _counted(result, "tokens", "tokens a run")),
         "Device": device,
+        "At a time": _counted(told, "runs_at_a_time", "runs, the cores shared out evenly"),
         "Seeds": "; ".join(
             f"{', '.join(names)}: {', '.join(map(str, seeds))}" for seeds, names in _by_seeds(arms).items()
         ),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import threading
@@ -24,7 +25,12 @@ from lowbits.train import Run
 
 # A run that was asked to stop saves its state first.
 PATIENCE_SECONDS = 120.0
-_PRELOAD = ["lowbits.train", "lowbits.study", "transformers.models.auto.modeling_auto"]
+_PRELOAD = [
+    "lowbits.study",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.gpt2.modeling_gpt2",
+    "transformers.models.llama.modeling_llama",
+]
 
 
 class Trainer(Protocol):
@@ -120,4 +126,4 @@ def _reason(exit_code: int, output: Path) -> str:
         return f"killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
     lines = output.read_text(encoding="utf-8", errors="replace").split("\n") if output.exists() else []
     said = next((line.strip() for line in reversed(lines) if line.strip()), "")
-    return (said.removeprefix("lowbits.errors.") or f"ended with exit code {exit_code}, without a result")[:500]
+    return (re.sub(r"^lowbits\.errors\.\w+: ", "", said) or f"ended with exit code {exit_code}, without a result")[:500]

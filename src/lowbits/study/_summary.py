@@ -82,7 +82,7 @@ def summarize(directory: Path) -> Summary:
     target = _target(baseline, noise)
     arms = [_completed(arm, records, baseline, target) for arm in judged]
     every = [record for group in records.values() for record in group]
-    facts = setup(told.get("base") or {}, every, arms)
+    facts = setup(told, every, arms)
     return Summary(
         title=_title(arms),
         compared=_compared(arms, dict(facts)),
