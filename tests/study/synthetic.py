@@ -37,7 +37,7 @@ def write_run(root: Path, arm: str, seed: int, final: float | None, **changes: o
     steps = int(changes.get("diverged_at") or 400)
     goal = 3.2 if final is None else final
     (directory / "config.json").write_text(
-        json.dumps({"model": "gpt2-nano", "data": "stdlib", "recipe": arm, "seed": seed})
+        json.dumps({"model": "gpt2-nano", "data": "stdlib", "recipe": arm, "seed": seed, "rule": _rule(arm)})
     )
     (directory / "env.json").write_text(json.dumps({"device": "cpu", "threads": 1, "versions": {"torch": "2.13.0"}}))
     lines = [_step(step, goal, arm, seed) for step in range(10, steps + 1, 10)]
@@ -50,6 +50,12 @@ def write_run(root: Path, arm: str, seed: int, final: float | None, **changes: o
     if final is not None:
         (directory / "result.json").write_text(json.dumps(_result(arm, seed, final, steps) | changes))
     return directory
+
+
+def _rule(arm: str) -> dict[str, dict[str, str | None]]:
+    """Only whether a GEMM is quantized counts."""
+    fprop = None if arm in ("bf16", "null") else "int8 row"
+    return {"fprop": {"lhs": fprop, "rhs": fprop}, "dgrad": {"lhs": None}, "wgrad": {"lhs": None}}
 
 
 def loss_at(step: int, final: float) -> float:

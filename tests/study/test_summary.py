@@ -31,6 +31,11 @@ def test_losses_and_gaps(everything: Summary) -> None:
     assert w8a8.gap is not None and w8a8.gap.nats == pytest.approx(3.103 - 3.1 - 0.002 / 3)
     assert w8a8.verdict == "same" and w8a8.words == "no difference seen"
     assert arm(everything, "w4_tensor").verdict == "worse"
+    assert [arm(everything, name).execution for name in ("bf16", "null", "w8a8")] == [
+        "high precision",
+        "high precision",
+        "simulated",
+    ]
 
 
 def test_verdicts_reach_the_headline(everything: Summary) -> None:

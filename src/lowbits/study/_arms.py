@@ -93,9 +93,10 @@ class Arm:
         tokens: seen by a finished run.
         seconds: training time alone of a finished run.
         tokens_per_second: of the finished runs.
-        execution: `simulated` or `native`.
+        execution: `simulated` or `native`; `high precision` where no GEMM is quantized.
         memory_measured: bytes by category.
         memory_stored: bytes by category, were every quantized tensor stored in its few bits.
+        peak_memory: most bytes at any time: allocated on CUDA, of the whole process on a CPU.
         parameters: of the model.
         converted_layers: linear layers under the recipe.
         linear_flops_share: their share of the FLOPs of all linear layers.
@@ -127,6 +128,7 @@ class Arm:
     execution: str = ""
     memory_measured: dict[str, float] = field(default_factory=dict)
     memory_stored: dict[str, float] = field(default_factory=dict)
+    peak_memory: float | None = None
     parameters: int | None = None
     converted_layers: int | None = None
     linear_flops_share: float | None = None
@@ -170,9 +172,10 @@ def measure(plan: Plan, records: Sequence[Record], root: str) -> Arm:
         tokens=_mean(done, "tokens"),
         seconds=_mean(done, "seconds"),
         tokens_per_second=_spread(done, "tokens_per_second"),
-        execution=str(first.get("execution", "")),
+        execution=_execution(done[0]) if done else "",
         memory_measured=measured,
         memory_stored=stored,
+        peak_memory=_mean(done, "peak_memory_bytes"),
         parameters=first.get("parameters"),
         converted_layers=first.get("converted_layers"),
         linear_flops_share=finite(first.get("linear_flops_share")),
@@ -210,6 +213,13 @@ def _mean_ledger(ledgers: Sequence[Line]) -> dict[str, float]:
     names = list(dict.fromkeys(name for ledger in ledgers for name in ledger))
     columns = {name: [v for ledger in ledgers if (v := finite(ledger.get(name))) is not None] for name in names}
     return {name: statistics.fmean(values) for name, values in columns.items() if values}
+
+
+def _execution(record: Record) -> str:
+    gemms = [record.config.get("rule", {}).get(gemm) for gemm in ("fprop", "dgrad", "wgrad")]
+    if all(gemm is not None and not any(gemm.values()) for gemm in gemms):
+        return "high precision"
+    return str(record.result.get("execution", ""))
 
 
 def _errors(line: Line) -> dict[str, dict[str, dict[str, float | None]]]:

@@ -24,7 +24,7 @@ from lowbits.study._arms import Plan
 from lowbits.study._plan import plan
 from lowbits.study._process import Trainer, context, settle, start, stop
 from lowbits.study._progress import Board
-from lowbits.study._records import COMPARISON, CONFIG, LOG, RESULT, Line, Record, read_json, read_run
+from lowbits.study._records import COMPARISON, CONFIG, LOG, RESULT, Line, Record, read_json, read_run, writing
 from lowbits.study._report import write_report
 from lowbits.study._summary import Summary
 from lowbits.train import Device, Run, train
@@ -79,10 +79,12 @@ def compare(
     out = Path(out)
     plans = plan(recipes, seeds)
     _check(base, jobs)
+    if out.exists() and not out.is_dir():
+        raise RunError(f"{out} is a file; choose a folder for --out.")
     on_cuda = _on_cuda(base)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     every = _jobs_of(plans, base, out)
-    at_once = min(jobs or (1 if on_cuda else cores), len(every))
+    at_once = jobs or (1 if on_cuda else cores)
     todo = [job for job in every if _open(job).status not in ("finished", "diverged")]
     _prepare(base, out, needed=bool(todo))
     _claim(out, plans, base, at_once)
@@ -157,15 +159,11 @@ def _claim(out: Path, plans: Sequence[Plan], base: Run, at_once: int) -> None:
         "runs_at_a_time": at_once,
         "base": base.resolved(),
     }
-    try:
+    with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         aside = out / f"{COMPARISON}.tmp"
         aside.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
         aside.replace(out / COMPARISON)
-    except OSError as error:
-        raise RunError(
-            f"{out} cannot be written: {error.strerror}. Choose another --out or change its owner."
-        ) from error
 
 
 def _prepare(base: Run, out: Path, needed: bool) -> None:

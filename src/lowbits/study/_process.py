@@ -20,7 +20,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Protocol
 
-from lowbits.study._records import FAILURE, OUTPUT, RESULT
+from lowbits.study._records import FAILURE, OUTPUT, RESULT, writing
 from lowbits.train import Run
 
 # A run that was asked to stop saves its state first.
@@ -60,8 +60,9 @@ def start(how: BaseContext, trainer: Trainer, run: Run, out: Path, threads: int)
         out: the run's folder; what the process prints goes into `output.txt` there.
         threads: of torch.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    (out / FAILURE).unlink(missing_ok=True)
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        (out / FAILURE).unlink(missing_ok=True)
     process = how.Process(target=_work, args=(trainer, run, out, threads), name=str(out))  # type: ignore[attr-defined]
     process.start()
     return process
@@ -78,7 +79,8 @@ def settle(process: BaseProcess, out: Path) -> None:
     if process.exitcode == 0 and (out / RESULT).exists():
         return
     failure = {"message": _reason(process.exitcode or 0, out / OUTPUT), "exit_code": process.exitcode}
-    (out / FAILURE).write_text(json.dumps(failure) + "\n", encoding="utf-8")
+    with writing(out / FAILURE):
+        (out / FAILURE).write_text(json.dumps(failure) + "\n", encoding="utf-8")
 
 
 def stop(processes: dict[Path, BaseProcess]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -71,11 +72,29 @@ def read_json(path: Path) -> Line:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
+    except OSError as error:
+        raise RunError(f"{path} cannot be read: {error.strerror}. Mend it, or choose another folder.") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise RunError(f"{path}: not readable as JSON ({error}); move it away and repeat the command.") from error
     if not isinstance(value, dict):
         raise RunError(f"{path}: holds no JSON object; move it away and repeat the command.")
     return value
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what the system says about writing `path` into one line.
+
+    Raises:
+        RunError: the disk is full, writing is forbidden, or a parent is no folder.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"{path} cannot be written: {error.strerror}. Nothing written before is lost; free the disk or choose "
+            "another --out."
+        ) from error
 
 
 def read_log(path: Path) -> tuple[list[Line], int]:

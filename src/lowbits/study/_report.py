@@ -6,9 +6,9 @@ from __future__ import annotations
 from importlib import resources
 from pathlib import Path
 
-from lowbits.errors import RunError
 from lowbits.study import _numbers
 from lowbits.study._figures import ROLE_TITLES, colors, figures, memory_legend, roles
+from lowbits.study._records import writing
 from lowbits.study._summary import Summary, summarize
 
 VERDICTS = {
@@ -63,11 +63,7 @@ def write_report(directory: Path) -> Summary:
     summary = summarize(directory)
     for name, text in (("report.json", summary.to_json()), ("report.html", render(summary))):
         aside = directory / f"{name}.tmp"
-        try:
+        with writing(directory / name):
             aside.write_text(text, encoding="utf-8")
             aside.replace(directory / name)
-        except OSError as error:
-            raise RunError(
-                f"{directory / name} cannot be written: {error.strerror}. Free the disk or the folder."
-            ) from error
     return summary

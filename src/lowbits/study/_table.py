@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lowbits.study._arms import NULL, Arm
-from lowbits.study._numbers import UNKNOWN, count, nats, ratio, sigmas, with_spread
+from lowbits.study._numbers import UNKNOWN, count, listed, nats, ratio, sigmas, with_spread
 from lowbits.study._summary import Summary
 
 _STYLES = {"same": "green", "better": "blue", "worse": "dark_orange3", "suggestive": "yellow", "unstable": "red"}
@@ -52,8 +52,10 @@ def _table(summary: Summary) -> Table:
         table.add_column(heading, justify="right")
     for arm in summary.arms:
         table.add_row(*_row(arm))
-    kinds = sorted({arm.execution for arm in summary.arms if arm.execution})
-    speed = f"Speed is {' or '.join(kinds)}. " if kinds else ""
+    simulated = [arm.name for arm in summary.arms if arm.execution == "simulated"]
+    native = [arm.name for arm in summary.arms if arm.execution == "native"]
+    kinds = [f"{kind} for {listed(names)}" for kind, names in (("simulated", simulated), ("native", native)) if names]
+    speed = f"Few-bit arithmetic is {', '.join(kinds)}. " if kinds else ""
     table.caption = f"{speed}In few bits: memory as it would be stored, of what was measured. {summary.target_words}"
     table.caption_justify = "left"
     return table

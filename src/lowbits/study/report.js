@@ -6,11 +6,19 @@
   const charts = new Map();
   // A finger on a chart scrolls the page; a mouse selects a range.
   const dragmode = matchMedia("(pointer: fine)").matches ? "zoom" : false;
+  // With a view box, print can scale what was drawn for the screen.
+  const scalable = (place) => {
+    const { width, height } = place._fullLayout;
+    place.style.setProperty("--ratio", String(width / height));
+    for (const svg of place.querySelectorAll(".main-svg")) svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
+  };
   for (const [name, figure] of Object.entries(figures)) {
     const place = document.getElementById(name);
     if (!place) continue;
     charts.set(name, place);
     Plotly.newPlot(place, figure.data, { ...figure.layout, dragmode }, { responsive: true, displayModeBar: false });
+    scalable(place);
+    place.on("plotly_afterplot", () => scalable(place));
   }
 
   const press = (button, on) => button.setAttribute("aria-pressed", String(on));
@@ -40,6 +48,5 @@
       visible([...charts.keys()].filter((name) => name.startsWith("errors-")), shown);
     });
   }
-  addEventListener("beforeprint", () => charts.forEach((place) => Plotly.Plots.resize(place)));
   document.documentElement.dataset.drawn = String(charts.size);
 })();
