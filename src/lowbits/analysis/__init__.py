@@ -7,7 +7,7 @@ Each takes a model, a function `loss(model, batch) -> scalar` where one is neede
 from lowbits.analysis._dequantized import dequantized
 from lowbits.analysis._errors import TensorErrors, tensor_errors
 from lowbits.analysis._evaluating import evaluating
-from lowbits.analysis._fewshot import Accuracy, fewshot
+from lowbits.analysis._fewshot import SEEDS, TASKS, Accuracy, fewshot
 from lowbits.analysis._gradients import GradientSparsity, gradient_sparsity, magnitude_histogram, output_gradients
 from lowbits.analysis._ledger import Ledger, linear_input_bytes, predict_memory
 from lowbits.analysis._linears import linear_layers, output_axes
@@ -24,6 +24,8 @@ from lowbits.analysis._tape import Kind
 from lowbits.analysis._time_share import Family, TimeShare, classify, family_of, linear_flops_share, time_share
 
 __all__ = [
+    "SEEDS",
+    "TASKS",
     "Accuracy",
     "Bytes",
     "ChannelStatistics",
