@@ -17,7 +17,7 @@ def nats(value: float | None, signed: bool = False) -> str:
     if value is None:
         return UNKNOWN
     digits = 4 if abs(value) < 10 else 2
-    return f"{value:{'+' if signed else ''}.{digits}f}"
+    return f"{value:+z.{digits}f}" if signed else f"{value:.{digits}f}"
 
 
 def with_spread(spread: Spread, digits: int = 4) -> str:
@@ -35,10 +35,10 @@ def with_spread(spread: Spread, digits: int = 4) -> str:
 def sigmas(value: float | None) -> str:
     """Return a gap in units of the seed spread.
 
-    >>> sigmas(2.345), sigmas(None)
-    ('+2.3', '–')
+    >>> sigmas(2.345), sigmas(-0.01), sigmas(None)
+    ('+2.3', '+0.0', '–')
     """
-    return UNKNOWN if value is None else f"{value:+.1f}"
+    return UNKNOWN if value is None else f"{value:+z.1f}"
 
 
 def count(value: float | None, unit: str = "") -> str:
