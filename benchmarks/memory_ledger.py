@@ -88,10 +88,9 @@ def measured_saved(model: PreTrainedModel, optimizer: AdamW, ids: Tensor) -> dic
 def rows(options: argparse.Namespace, device: torch.device) -> Iterator[dict[str, object]]:
     """Measure every cell of the grid."""
     for size in options.sizes:
+        model = models.build(size, VOCABULARY, options.length, seed=0).to(device)  # type: ignore[arg-type]
         for recipe in options.recipes:
-            model = models.build(size, VOCABULARY, options.length, seed=0)
             convert_(model, recipes.named(recipe), verbose=False)
-            model.to(device)
             optimizer = AdamW(param_groups(model, 0.1))
             for batch in options.batches:
                 ids = torch.randint(0, VOCABULARY, (batch, options.length), device=device)
@@ -99,10 +98,9 @@ def rows(options: argparse.Namespace, device: torch.device) -> Iterator[dict[str
                 cuda = device.type == "cuda"
                 found = measured_peak(model, optimizer, ids, ledger) if cuda else measured_saved(model, optimizer, ids)
                 yield cell(size, recipe, model, ledger, found, tuple(ids.shape))
-            del model, optimizer
+            del optimizer
             gc.collect()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+        del model
 
 
 def cell(

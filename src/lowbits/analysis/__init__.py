@@ -13,6 +13,7 @@ from lowbits.analysis._ledger import Ledger, linear_input_bytes, predict_memory
 from lowbits.analysis._linears import linear_layers, output_axes
 from lowbits.analysis._loss import causal_loss
 from lowbits.analysis._memory import Bytes, Memory, measure_memory, measure_saved_bytes, weights_in_few_bits
+from lowbits.analysis._moments import moment_errors
 from lowbits.analysis._outliers import ChannelStatistics, describe_channels, input_channels, jaccard, overlaps
 from lowbits.analysis._perplexity import Perplexity, perplexity, read_text, text_perplexity, windows
 from lowbits.analysis._provenance import device_name, provenance
@@ -61,6 +62,7 @@ __all__ = [
     "magnitude_histogram",
     "measure_memory",
     "measure_saved_bytes",
+    "moment_errors",
     "output_axes",
     "output_gradients",
     "overlaps",
