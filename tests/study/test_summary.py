@@ -98,6 +98,14 @@ def test_a_log_with_repeated_and_torn_lines(tmp_path: Path) -> None:
     assert bf16.validation.mean[-1] == 2.5 and bf16.validation.step.count(400) == 1
 
 
+def test_a_final_loss_that_is_not_finite_is_no_result(tmp_path: Path) -> None:
+    write_comparison(tmp_path, [{"name": n, "seeds": [0]} for n in ("bf16", "w4a4")])
+    write_run(tmp_path, "bf16", 0, 3.0)
+    write_run(tmp_path, "w4a4", 0, 3.0, val_loss_on=None)
+    w4a4 = arm(summarize(tmp_path), "w4a4")
+    assert w4a4.status == "0 of 1 finished, 1 diverged" and w4a4.words == "1 of 1 runs diverged"
+
+
 def test_folders_without_comparison_json(tmp_path: Path) -> None:
     write_run(tmp_path, "a8_token", 0, 3.0)
     write_run(tmp_path, "bf16", 4, 3.0)

@@ -142,8 +142,8 @@ class Arm:
 
 
 def finished(records: Iterable[Record]) -> list[Record]:
-    """Return the runs that ended with a finite validation loss."""
-    return [r for r in records if r.status == "finished" and finite(r.result.get("val_loss_on")) is not None]
+    """Return the runs that came to a result."""
+    return [r for r in records if r.status == "finished"]
 
 
 def measure(plan: Plan, records: Sequence[Record], root: str) -> Arm:

@@ -148,6 +148,8 @@ def read_run(directory: Path, seed: int) -> Record:
 def _status(result: Line, failure: Line) -> tuple[str, str]:
     """What became of a run, and why; a failure is of the last attempt, so it outweighs an earlier interruption."""
     status = str(result.get("status", "unfinished"))
+    if status == "finished" and finite(result.get("val_loss_on")) is None:
+        return "diverged", "by the end: the final validation loss is not finite"
     if status in ("finished", "diverged"):
         return status, ""
     if failure:

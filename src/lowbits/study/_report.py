@@ -41,7 +41,7 @@ def render(summary: Summary) -> str:
         arms=summary.arms,
         figures=figures(summary),
         colors=colors(summary.arms),
-        roles=[(role, ROLE_TITLES.get(role, role)) for role in roles(summary.arms)],
+        roles=[(role, ROLE_TITLES.get(role, role.replace("_", " ").capitalize())) for role in roles(summary.arms)],
         memory_legend=memory_legend(summary.arms),
         verdicts=VERDICTS,
         style=(files / "report.css").read_text(encoding="utf-8"),
