@@ -8,7 +8,6 @@ Every error that the library raises on purpose becomes one line on stderr and ex
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 from collections.abc import Sequence
 from importlib import metadata
@@ -54,9 +53,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("lowbits: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # `lowbits formats | head`: the reader has left, the interpreter must not complain at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
 
 
 def _dispatch(words: list[str]) -> int:

@@ -29,7 +29,7 @@ def parse(kind: type[T], arguments: Sequence[str], *, prog: str, examples: str, 
         default: values of the options that are not given.
     """
     text = (inspect.getdoc(kind) or "").split("\nArgs:")[0].rstrip()
-    return tyro.cli(
+    read: Any = tyro.cli(  # its overloads have none for an optional default
         kind,
         prog=prog,
         description=f"{text}\n\nExamples:\n{examples}",
@@ -38,6 +38,7 @@ def parse(kind: type[T], arguments: Sequence[str], *, prog: str, examples: str, 
         config=_STYLE,
         registry=_registry,
     )
+    return read
 
 
 @_registry.primitive_rule

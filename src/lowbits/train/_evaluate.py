@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -37,8 +38,8 @@ def causal_loss(network: nn.Module, ids: Tensor) -> Tensor:
     return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten())
 
 
-def evaluate(run: Run, data: TokenData, model: PreTrainedModel, world: World) -> dict[str, float]:
-    """Return `loss_on` and `loss_off`: validation losses with the quantizers on and off.
+def evaluate(run: Run, data: TokenData, model: PreTrainedModel, world: World) -> dict[str, float | None]:
+    """Return `loss_on` and `loss_off`: validation losses with the quantizers on and off, None where not finite.
 
     Stochastic rounding draws the same bits in every evaluation, so that two evaluations differ by the weights alone.
 
@@ -56,7 +57,8 @@ def evaluate(run: Run, data: TokenData, model: PreTrainedModel, world: World) ->
             loss_off = _validation_loss(run, data, model, world)
     finally:
         model.train()
-    return {"loss_on": loss_on, "loss_off": loss_off}
+    losses = {"loss_on": loss_on, "loss_off": loss_off}
+    return {name: loss if math.isfinite(loss) else None for name, loss in losses.items()}
 
 
 @torch.no_grad()

@@ -158,7 +158,9 @@ def _build(run: Run, data: TokenData, here: World) -> tuple[PreTrainedModel, Con
         raise RunError(f"split-qkv: {run.model} has no fused c_attn layer to split; leave the option out.")
     model.to(here.device)  # type: ignore[arg-type]
     if run.compute.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # transformers 5.23 renamed it and warns of the old name.
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
     if run.compute.compile:
         _compile_(model, here)
     return model, conversion

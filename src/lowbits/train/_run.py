@@ -119,8 +119,8 @@ class Run:
     """Describe one training run; `train(run, out)` carries it out.
 
     Args:
-        model: a Hugging Face folder, or a size: gpt2-nano, -small, -medium, -large, -xl, llama-15m, -42m, -110m, -134m,
-            -small, -1b, -3b, -7b; in Python also a callable (vocab_size, block) -> model.
+        model: a Hugging Face folder, or a size: gpt2-pico, -nano, -small, -medium, -large, -xl, llama-15m, -42m, -110m,
+            -134m, -small, -1b, -3b, -7b; in Python also a callable (vocab_size, block) -> model.
         data: a folder made by `lowbits data prepare`, or `stdlib`: the source code of Python's standard library.
         recipe: what to quantize, a name that `lowbits recipes` prints; in Python also a Recipe.
         quantize_head: quantize the output head too.

@@ -49,7 +49,7 @@ class Progress:
     spikes: int = 0
     recent: list[float] = field(default_factory=list)
     peak_bytes: int = 0
-    evaluation: dict[str, float] = field(default_factory=dict)
+    evaluation: dict[str, float | None] = field(default_factory=dict)
 
 
 def save_state(

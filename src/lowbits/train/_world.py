@@ -7,10 +7,12 @@ Under `torchrun` each process takes one device and DDP averages the gradients. S
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -47,7 +49,10 @@ class World:
         """
         if self.size == 1:
             return model
-        return DistributedDataParallel(model, broadcast_buffers=False)
+        # torch 2.13 renamed the option and warns of the old name; 2.11 knows the old one alone.
+        renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+        options: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+        return DistributedDataParallel(model, **options)
 
     def mean(self, values: Tensor) -> Tensor:
         """Return the mean of a tensor over all processes."""
