@@ -183,7 +183,7 @@ def measure(plan: Plan, records: Sequence[Record], root: str) -> Arm:
         training=mean_curve([smoothed(series(r.steps, "loss")) for r in records]),
         errors_step=int(with_errors.errors[-1]["step"]) if with_errors else None,
         errors=_errors(with_errors.errors[-1]) if with_errors else {},
-        sample=str(first.get("sample") or ""),
+        sample=str(first.get("sample") or "").rstrip(),
         runs=tuple(_outcome(r, root) for r in records),
     )
 

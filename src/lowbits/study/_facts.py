@@ -63,12 +63,12 @@ def environment(records: Sequence[Record]) -> Facts:
 
 
 def _flat(environment: Mapping[str, object], prefix: str = "") -> Line:
-    """`{"versions": {"torch": "2"}}` becomes `{"versions torch": "2"}`."""
+    """`{"versions": {"torch": "2"}, "a": {"b": 1}}` becomes `{"torch": "2", "a b": "1"}`."""
     flat: Line = {}
     for key, value in environment.items():
         label = f"{prefix} {key}".strip().replace("_", " ")
         if isinstance(value, Mapping):
-            flat |= _flat({str(k): v for k, v in value.items()}, label)
+            flat |= _flat({str(k): v for k, v in value.items()}, "" if key == "versions" else label)
         elif value not in (None, ""):
             flat[label] = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
     return flat
