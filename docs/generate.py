@@ -7,6 +7,7 @@ is stale.
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import re
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lowbits import formats, models, recipes
+from lowbits.cli.analyze import ANALYSES
 from lowbits.formats import FloatFormat, Format
 from lowbits.quantizers import QuantSpec
 
@@ -141,6 +143,12 @@ def sizes() -> str:
     return table(["model", "family", *SHAPES, "shape of"], rows)
 
 
+def analyses() -> str:
+    """Every analysis and the question that it answers."""
+    rows = ([f"`{name}`", inspect.getdoc(kind).split("\n")[0]] for name, kind in ANALYSES.items())
+    return table(["`lowbits analyze ...`", "the question"], rows)
+
+
 def results() -> str:
     """The comparison that `make demo` makes, as its report.json was committed; nothing while there is none."""
     files = sorted((ROOT / "benchmarks" / "results").glob("cpu*/demo.json"))
@@ -185,6 +193,7 @@ SHAPES = {
 TABLES: dict[str, Callable[[], str]] = {
     "formats": format_overview,
     "format values": format_values,
+    "analyses": analyses,
     "models": sizes,
     "results": results,
     "tree": tree,
