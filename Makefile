@@ -19,7 +19,7 @@ env: $(STAMP)  ## make the environment in .venv (the others do so by themselves)
 
 $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "env: no Python >= 3.11 with venv and pip found; install one, or say make PYTHON=/path/to/python3" >&2; exit 1; }
-	@echo "env: making .venv with $$($(PYTHON) -c 'import sys; print(sys.executable)') and the versions of constraints.txt; one to three minutes, once"
+	@echo "env: making .venv (or bringing it up to date) with $$($(PYTHON) -c 'import sys; print(sys.executable)') and the versions of constraints.txt; one to three minutes, once"
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
