@@ -7,8 +7,8 @@
     lowbits data prepare encyclopedia.txt --tokenizer path/to/gpt2 --out runs/data/encyclopedia
     python experiments/linear_quantization.py gpu --data runs/data/encyclopedia --out runs/linear-gpu
 
-`cpu` trains 21 arms of a 0.87M-parameter GPT-2 under three seeds (about two core-hours) and checks T1 to T7; `gpu` trains
-GPT-2 small and checks H1. Both are resumable: the same command goes on. Each writes
+`cpu` trains 21 arms of a 0.87M-parameter GPT-2 under three seeds (about two core-hours) and checks T1 to T7; `gpu`
+trains GPT-2 small and checks H1. Both are resumable: the same command goes on. Each writes
 benchmarks/results/<device>/linear_quantization_<scale>.json. Nothing is tuned to pass: what does not hold is written
 down as not holding.
 """
@@ -192,12 +192,12 @@ def weight_error_check(out: Path, device: torch.device) -> Check:
     errors = []
     for layer in quantized_layers(load(out, "bf16", SEEDS[0], device)).values():
         w = layer.weight.detach().t()
-        errors.append([
-            ((quantize(w, QuantSpec(INT4, g)).dequantize() - w).norm() / w.norm()).item() for g in (PerRow(), PerTensor())
-        ])  # fmt: skip
+        decoded = [quantize(w, QuantSpec(INT4, granularity)).dequantize() for granularity in (PerRow(), PerTensor())]
+        errors.append([((w_hat - w).norm() / w.norm()).item() for w_hat in decoded])
     channel, tensor = (statistics.fmean(column) for column in zip(*errors, strict=True))
-    return Check("T2", "4-bit error of the trained weights: channel below tensor in every layer",
-                 f"mean relative error: channel {channel:.3f}, tensor {tensor:.3f}", all(c < t for c, t in errors))  # fmt: skip
+    statement = "4-bit error of the trained weights: channel below tensor in every layer"
+    measured = f"mean relative error: channel {channel:.3f}, tensor {tensor:.3f}"
+    return Check("T2", statement, measured, all(c < t for c, t in errors))
 
 
 def post_training_check(out: Path, run: Run, data: TokenData, device: torch.device) -> Check:
@@ -218,12 +218,13 @@ def post_training_check(out: Path, run: Run, data: TokenData, device: torch.devi
             )
         )
     ptq, trained = (statistics.fmean(column) for column in zip(*rows, strict=True))
-    return Check("T6", "4-bit weights per channel: quantizing after training loses more than training with it",
-                 f"after training {ptq:+.4f}, with training {trained:+.4f} (mean of {len(rows)} seeds)", ptq > trained)  # fmt: skip
+    statement = "4-bit weights per channel: quantizing after training loses more than training with it"
+    measured = f"after training {ptq:+.4f}, with training {trained:+.4f} (mean of {len(rows)} seeds)"
+    return Check("T6", statement, measured, ptq > trained)
 
 
 def sharpness_check(out: Path, data: TokenData, run: Run, device: torch.device) -> Check:
-    """T7: the 4-bit weight model is at least as sharp as the baseline, at the same relative radius, in both readings."""
+    """T7: at the same relative radius the 4-bit weight model is at least as sharp as the baseline, in both readings."""
     ids = [b.to(device) for b in data.val_batches(SHARP_BATCH, run.block, SHARP_BATCHES * SHARP_BATCH)]
     found: dict[str, list[float]] = {}
     for seed in SEEDS:
@@ -236,8 +237,8 @@ def sharpness_check(out: Path, data: TokenData, run: Run, device: torch.device) 
             )
     told = [f"{n} {statistics.fmean(v):.4f} +- {statistics.stdev(v) / len(v) ** 0.5:.4f}" for n, v in found.items()]
     means = {name: statistics.fmean(values) for name, values in found.items()}
-    return Check("T7", f"sharpness at relative radius {RHO}: 4-bit weights at least as sharp as the baseline (mean and standard error)",
-                 "; ".join(told), min(list(means.values())[1:]) >= means["baseline"])  # fmt: skip
+    statement = f"sharpness at relative radius {RHO} (mean and standard error): 4-bit weights at least the baseline's"
+    return Check("T7", statement, "; ".join(told), min(list(means.values())[1:]) >= means["baseline"])
 
 
 def write(scale: str, arms: Arms, checks: list[Check], run: Run, device: torch.device) -> Path:

@@ -13,12 +13,31 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowbits.errors import FormatError
-from lowbits.formats import ALL, BF16, E2M1, E2M3, E3M2, E4M3, E5M2, E8M0, INT4, INT8, NF4, TERNARY, UINT8_NO_ZERO
-from lowbits.formats import Codebook, FloatFormat, IntFormat
+from lowbits.formats import (
+    ALL,
+    BF16,
+    E2M1,
+    E2M3,
+    E3M2,
+    E4M3,
+    E5M2,
+    E8M0,
+    INT4,
+    INT8,
+    NF4,
+    TERNARY,
+    UINT8_NO_ZERO,
+    Codebook,
+    FloatFormat,
+    IntFormat,
+)
 from tests.oracles.number_formats import float_grid, nearest, round_float
 
 # name, exponent bits, mantissa bits, bias, largest value: OCP OFP8 1.0 tables 1-2, OCP MX 1.0 tables 1-6.
-SPECIFIED = [(E4M3, 4, 3, 7, 448.0), (E5M2, 5, 2, 15, 57344.0), (E3M2, 3, 2, 3, 28.0), (E2M3, 2, 3, 1, 7.5), (E2M1, 2, 1, 1, 6.0)]  # fmt: skip
+SPECIFIED = [
+    (E4M3, 4, 3, 7, 448.0), (E5M2, 5, 2, 15, 57344.0),
+    (E3M2, 3, 2, 3, 28.0), (E2M3, 2, 3, 1, 7.5), (E2M1, 2, 1, 1, 6.0),
+]  # fmt: skip
 GRIDS = {fmt.name: (fmt, float_grid(e, m, b, top)) for fmt, e, m, b, top in SPECIFIED}
 floats = st.floats(width=32, allow_nan=False, allow_infinity=False)
 
@@ -105,9 +124,9 @@ def test_stochastic_rounding_takes_a_neighbour_by_its_share(fmt, x, u):
     assert got in (lower, upper)
     if lower < upper and isinstance(fmt, IntFormat | FloatFormat):
         # On magnitudes for floats: away from zero with the share's probability.
-        share = (target - lower) / (upper - lower)
         if isinstance(fmt, FloatFormat) and target < 0:
-            share, lower, upper = 1 - share, upper, lower
+            lower, upper = upper, lower
+        share = (target - lower) / (upper - lower)
         assert got == (upper if u < np.float32(share) else lower)
 
 

@@ -10,7 +10,17 @@ from lowbits.errors import NativeError
 from lowbits.formats import E2M1, E4M3, E5M2, INT4, INT8, TERNARY, UINT8
 from lowbits.kernels import Execution, illegal_on_hardware, scaled_mm
 from lowbits.quantizers import (
-    Amax, Asymmetric, Hadamard, PerColumn, PerGroup, PerRow, PerTensor, PerTile, PowerOfTwo, QuantSpec, quantize,
+    Amax,
+    Asymmetric,
+    Hadamard,
+    PerColumn,
+    PerGroup,
+    PerRow,
+    PerTensor,
+    PerTile,
+    PowerOfTwo,
+    QuantSpec,
+    quantize,
 )  # fmt: skip
 
 LEGAL = [
@@ -45,7 +55,8 @@ def test_integer_sums_that_could_overflow_are_refused():
 ROW = QuantSpec(INT8, PerRow())
 ILLEGAL = [
     (None, ROW, "high precision"), (ROW, None, "high precision"),
-    (QuantSpec(INT8, PerColumn()), ROW, "along the contraction"), (ROW, QuantSpec(INT8, PerGroup(8)), "along the contraction"),
+    (QuantSpec(INT8, PerColumn()), ROW, "along the contraction"),
+    (ROW, QuantSpec(INT8, PerGroup(8)), "along the contraction"),
     (QuantSpec(E4M3, PerTile(8, 8)), QuantSpec(E4M3), "along the contraction"),
     (QuantSpec(INT8, PerRow(), Asymmetric()), ROW, "zero point"), (QuantSpec(UINT8), ROW, "signed 8-bit"),
     (QuantSpec(E4M3), ROW, "no unit"), (QuantSpec(E2M1), QuantSpec(E2M1), "no unit"),

@@ -21,9 +21,9 @@ def gpt2() -> GPT2LMHeadModel:
 
 
 def llama() -> LlamaForCausalLM:
-    return LlamaForCausalLM(LlamaConfig(
-        num_hidden_layers=1, hidden_size=16, intermediate_size=24, num_attention_heads=2, num_key_value_heads=1, vocab_size=40
-    ))  # fmt: skip
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    sizes = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 24, "vocab_size": 40}
+    return LlamaForCausalLM(LlamaConfig(**sizes, **heads))
 
 
 @pytest.mark.parametrize("name", sorted(NAMED))

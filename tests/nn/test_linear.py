@@ -54,8 +54,8 @@ CASES = [
 @pytest.mark.parametrize("conv1d", [False, True])
 def test_u4_placement_equals_closed_forms(qa, qw, qg, mode, faithful, conv1d):
     gradient = Gemm({"wgrad": G_WGRAD, "dgrad": G_DGRAD}[mode] if qg else None, None)
-    recipe = Recipe(fprop=Gemm(A if qa else None, W if qw else None), save=Save.QUANTIZED if faithful else Save.ORIGINAL,
-                    **{mode: gradient})  # fmt: skip
+    save = Save.QUANTIZED if faithful else Save.ORIGINAL
+    recipe = Recipe(fprop=Gemm(A if qa else None, W if qw else None), save=save, **{mode: gradient})
     model = make(recipe, conv1d)
     x, g = torch.randn(7, 20), torch.randn(7, 12)
     w = model[0].weight.detach().t() if conv1d else model[0].weight.detach()
@@ -149,7 +149,7 @@ def saved_bytes(model: nn.Module, x: torch.Tensor) -> int:
 
 
 def test_h3_operand_faithful_saves_codes():
-    """Exact by count: int8 codes and a float32 scale a token, and the same for the weight; the step counter is 8 bytes."""
+    """Exact by count: int8 codes and a float32 scale a row of X and W; the step counter is 8 bytes."""
     x = torch.randn(256, 20, dtype=torch.bfloat16, requires_grad=True) * 1
     ref, faithful = (make(replace(named(n), grad_parts=1), bias=False).bfloat16() for n in ("w8a8", "w8a8_faithful"))
     assert saved_bytes(ref, x) == 256 * 20 * 2 + 8
@@ -165,13 +165,12 @@ def test_autocast_quantizes_the_float32_weight_and_multiplies_in_bf16():
     y.float().sum().backward()
     assert model[0].weight.grad.dtype is torch.float32
     w_hat = torch.from_numpy(fake_quantize(model[0].weight.detach().double().numpy(), "row", 8)).bfloat16()
-    x_hat = torch.from_numpy(fake_quantize(x.double().numpy(), "row", 8)).bfloat16()
+    x_hat = torch.from_numpy(fake_quantize(x.bfloat16().double().numpy(), "row", 8)).bfloat16()
     torch.testing.assert_close(y, x_hat @ w_hat.t() + model[0].bias.bfloat16(), rtol=2**-7, atol=2**-7)
 
 
-STOCHASTIC = replace(
-    named("int8_rowwise"), **{g: Gemm(*[QuantSpec(INT8, PerRow(), rounding=Rounding.STOCHASTIC)] * 2) for g in ("dgrad", "wgrad")}
-)  # fmt: skip
+_DRAWN = QuantSpec(INT8, PerRow(), rounding=Rounding.STOCHASTIC)
+STOCHASTIC = replace(named("int8_rowwise"), dgrad=Gemm(_DRAWN, _DRAWN), wgrad=Gemm(_DRAWN, _DRAWN))
 
 
 def test_random_bits_are_a_function_of_the_step():
@@ -211,7 +210,7 @@ def test_gradient_checkpointing_gives_the_same_bits():
     ],
     ids=str,
 )
-def test_compiles_to_one_graph_with_the_same_numbers(recipes):
+def test_compiles_to_one_graph_with_the_same_numbers(recipes, compile_backend):
     """Differently quantized layers under one compiled forward: constants of formats must not become inputs."""
     torch._dynamo.reset()
     for recipe in (named(r) if isinstance(r, str) else r for r in recipes):
@@ -220,7 +219,7 @@ def test_compiles_to_one_graph_with_the_same_numbers(recipes):
         x, g = torch.randn(9, 20), torch.randn(9, 12)
         eager = run(model, x, g)
         model.zero_grad()
-        compiled = torch.compile(model, fullgraph=True)
+        compiled = torch.compile(model, fullgraph=True, backend=compile_backend)
         inner = x.clone().requires_grad_()
         y = compiled(inner)
         y.backward(g)

@@ -124,9 +124,11 @@ def test_groups_decay_matrices_only_and_quantize_converted_weights_only():
 
 
 CODECS = {
-    "exact": {}, "int8": {"first": Quantized(QuantSpec(INT8, PerRow())), "second": Quantized(QuantSpec(UINT8_NO_ZERO, PerRow()))},
-    "int4 stochastic": {"first": Quantized(QuantSpec(INT4, rounding=Rounding.STOCHASTIC))}, "bf16": {"first": Exact(torch.bfloat16)},
-}  # fmt: skip
+    "exact": {},
+    "int8": {"first": Quantized(QuantSpec(INT8, PerRow())), "second": Quantized(QuantSpec(UINT8_NO_ZERO, PerRow()))},
+    "int4 stochastic": {"first": Quantized(QuantSpec(INT4, rounding=Rounding.STOCHASTIC))},
+    "bf16": {"first": Exact(torch.bfloat16)},
+}
 
 
 @pytest.mark.parametrize("name", CODECS)

@@ -84,7 +84,8 @@ def test_uniform_is_uniform():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.jit, from inside inductor
-def test_the_same_bits_under_compile():
+def test_the_same_bits_under_compile(compile_backend):
     noise = Noise.of(1, "a", "r")
-    compiled = torch.compile(lambda step: noise.uniform((33,), step, offset=2), fullgraph=True)
+    draw = lambda step: noise.uniform((33,), step, offset=2)  # noqa: E731
+    compiled = torch.compile(draw, fullgraph=True, backend=compile_backend)
     assert torch.equal(compiled(torch.tensor(9)), noise.uniform((33,), 9, offset=2))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""quantize() against the float64 oracle, and the properties U1, U2, U3, U6, U10, U12 of the linear-quantization study."""
+"""quantize() against the float64 oracle, and U1, U2, U3, U6, U10, U12 of the linear-quantization study."""
 
 from __future__ import annotations
 
@@ -15,8 +15,22 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from lowbits.errors import ShapeError, SpecError
 from lowbits.formats import E4M3, INT4, INT8, NF4, TERNARY, UINT8, UINT8_NO_ZERO
 from lowbits.quantizers import (
-    AbsMean, Amax, Asymmetric, Hadamard, Noise, PerBlock, PerColumn, PerGroup, PerRow, PerTensor, PerTile, PowerOfTwo,
-    QuantSpec, Rounding, StudyAsymmetric, quantize,
+    AbsMean,
+    Amax,
+    Asymmetric,
+    Hadamard,
+    Noise,
+    PerBlock,
+    PerColumn,
+    PerGroup,
+    PerRow,
+    PerTensor,
+    PerTile,
+    PowerOfTwo,
+    QuantSpec,
+    Rounding,
+    StudyAsymmetric,
+    quantize,
 )  # fmt: skip
 from tests.oracles import linear_quantizer as oracle
 

@@ -5,7 +5,7 @@ Nothing runs. A `Value` is a tensor with a name for its storage; keeping the sam
 autograd. The rules, for bf16 autocast and for float32:
 
     linear, plain      its input, cast to bf16 under autocast (each layer casts for itself), and the weight's bf16 copy
-    linear, converted  its input as it comes; or, with `Save.QUANTIZED`, the codes of input and weight
+    linear, converted  its input, cast likewise; or, with `Save.QUANTIZED`, the codes of input and weight
     layer norm         its input, and two float32 numbers a token
     RMS norm           its input, the float32 normalised input, and a float32 number a token
     attention          q, k, v, the output, and a float32 number a token and head (flash and memory-efficient kernels)
@@ -118,7 +118,8 @@ class Tape:
             self._plain_linear(name, x, outputs)
         elif recipe.save is Save.ORIGINAL:
             lhs = recipe.fprop.lhs
-            self.keep(x, Kind.LINEAR_INPUT, 0 if lhs is None else stored_bytes((x.rows, x.columns), lhs))
+            codes = 0 if lhs is None else stored_bytes((x.rows, x.columns), lhs)
+            self.keep(self._cast(name, x), Kind.LINEAR_INPUT, codes)
         else:
             assert recipe.fprop.lhs is not None and recipe.fprop.rhs is not None  # Recipe has checked it
             codes = stored_bytes((x.rows, x.columns), recipe.fprop.lhs)
@@ -128,12 +129,13 @@ class Tape:
         return Value(name, x.rows, outputs, self.compute)
 
     def _plain_linear(self, name: str, x: Value, outputs: int) -> None:
-        if not self.autocast:
-            self.keep(x, Kind.LINEAR_INPUT)
-            return
-        cast = x if x.itemsize == 2 else Value(f"{name}.input", x.rows, x.columns, 2)
-        self.keep(cast, Kind.LINEAR_INPUT)
-        self.keep(Value(f"{name}.weight", x.columns, outputs, 2), Kind.WEIGHT_COPY)
+        self.keep(self._cast(name, x), Kind.LINEAR_INPUT)
+        if self.autocast:
+            self.keep(Value(f"{name}.weight", x.columns, outputs, 2), Kind.WEIGHT_COPY)
+
+    def _cast(self, name: str, x: Value) -> Value:
+        """Return x in the compute dtype; each layer casts for itself."""
+        return x if x.itemsize == self.compute else Value(f"{name}.input", x.rows, x.columns, self.compute)
 
     def layer_norm(self, name: str, x: Value) -> Value:
         """Keep what `nn.LayerNorm` keeps: x, mean and reciprocal deviation."""

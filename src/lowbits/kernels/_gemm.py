@@ -110,8 +110,8 @@ def _float8_mm(lhs: QTensor, rhs: QTensor, dtype: torch.dtype) -> Tensor:
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
         raise NativeError(f"{device} has no FP8 GEMM (needs CUDA capability 8.9). Use Execution.SIMULATED.")
     m, n, terms = lhs.values.shape[0], rhs.values.shape[0], lhs.values.shape[1]
-    a = pad(lhs.values, (0, -terms % 16)).to(_FLOAT8[lhs.spec.format])
-    b = pad(rhs.values, (0, -terms % 16, 0, -n % 16)).to(_FLOAT8[rhs.spec.format])
+    a = pad(lhs.values, (0, -terms % 16)).to(_FLOAT8[lhs.spec.format]).contiguous()
+    b = pad(rhs.values, (0, -terms % 16, 0, -n % 16)).to(_FLOAT8[rhs.spec.format]).contiguous()
     tensorwise = lhs.scale.numel() == 1 and rhs.scale.numel() == 1
     scale_a = lhs.scale if tensorwise else lhs.scale.expand(m, 1).contiguous()
     scale_b = rhs.scale if tensorwise else pad(rhs.scale.expand(n, 1), (0, 0, 0, -n % 16)).t().contiguous()

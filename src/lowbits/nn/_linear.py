@@ -85,13 +85,17 @@ QuantizedLayer = QuantizedLinear | QuantizedConv1D
 
 
 def quantized_linear(layer: QuantizedLayer, x: Tensor, weight: Tensor) -> Tensor:
-    """Run `layer`'s three GEMMs on x [..., in] and weight [out, in]; the compute dtype is autocast's, or x's."""
+    """Run `layer`'s three GEMMs on x [..., in] and weight [out, in].
+
+    The compute dtype is autocast's, or x's. X is cast to it first, as `nn.Linear` does under autocast, so that what
+    waits for backward is no larger; the weight is quantized from its own, wider dtype.
+    """
     if layer.recipe.plain:
         return linear(x, weight, layer.bias)
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     plan = _Plan(layer.recipe, layer.streams, dtype, layer.layer_name)
-    y = _QuantizedMatmul.apply(x.reshape(-1, x.shape[-1]), weight, layer.noise_step, plan)
+    y = _QuantizedMatmul.apply(x.reshape(-1, x.shape[-1]).to(dtype), weight, layer.noise_step, plan)
     y = y.view(*x.shape[:-1], weight.shape[0])
     return y if layer.bias is None else y + layer.bias.to(dtype)
 

@@ -153,8 +153,8 @@ def quantize(x: Tensor, spec: QuantSpec, noise: Tensor | None = None) -> QTensor
         SpecError: noise is missing or not wanted, or x is not floating point.
         ShapeError: x is empty or does not fit the granularity.
 
-    >>> quantize(torch.tensor([[1.0, -2.0, 0.1]]), QuantSpec(IntFormat("int4", 4))).values
-    tensor([[ 4., -7.,  0.]])
+    >>> quantize(torch.tensor([[1.0, -3.5, 0.2]]), QuantSpec(IntFormat("int4", 4))).values
+    tensor([[ 2., -7.,  0.]])
     """
     _check(x, spec, noise)
     x = x.float()
