@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measure a model: its loss on a batch and on the validation split, quantizers on and off, and a sample of its text."""
+"""Measure a model: its loss on the validation split, quantizers on and off, and a sample of its text."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import math
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from lowbits.data import TokenData
 from lowbits.nn import high_precision, set_step_
-from lowbits.train._run import Autocast, Run
+from lowbits.train._batch import autocast, causal_loss
+from lowbits.train._run import Run
 from lowbits.train._seeds import derived_seed
 from lowbits.train._world import World
 
@@ -20,22 +20,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _PROMPT, _SAMPLE = 16, 120  # tokens
-
-
-def autocast(run: Run, world: World) -> torch.autocast:
-    """Return the precision context of a run's forward pass."""
-    return torch.autocast(world.device.type, torch.bfloat16, enabled=run.compute.autocast is Autocast.BF16)
-
-
-def causal_loss(network: nn.Module, ids: Tensor) -> Tensor:
-    """Return the mean of -log p(x_t | x_<t) over all positions but the first of each sequence, in nats.
-
-    Args:
-        network: maps `input_ids` to an output with `.logits`.
-        ids: int64 [batch, block].
-    """
-    logits = network(input_ids=ids, use_cache=False).logits
-    return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten())
 
 
 def evaluate(run: Run, data: TokenData, model: PreTrainedModel, world: World) -> dict[str, float | None]:
@@ -88,7 +72,9 @@ def sample(run: Run, data: TokenData, model: PreTrainedModel, world: World) -> s
     prompt = next(data.val_batches(1, run.block, 1))[:, : min(_PROMPT, run.block // 2)].to(world.device)
     model.eval()
     set_step_(model, 0)
-    with torch.random.fork_rng(devices=[world.device] if world.device.type == "cuda" else []), autocast(run, world):
+    streams = torch.random.fork_rng(devices=[world.device] if world.device.type == "cuda" else [])
+    eager = torch.compiler.set_stance("force_eager")  # every length would be compiled anew, layer by layer
+    with streams, eager, autocast(run, world):
         torch.manual_seed(derived_seed(run.seed, "sample"))
         written = model.generate(  # pyright: ignore[reportCallIssue]
             input_ids=prompt,

@@ -12,24 +12,25 @@ import os
 import shutil
 import statistics
 import time
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lowbits import models
 from lowbits.analysis import measure_memory
 from lowbits.data import TokenData, check_vocabulary, prepare
 from lowbits.errors import RunError
-from lowbits.nn import Conversion, convert_, set_step_
+from lowbits.nn import Conversion, convert_
 from lowbits.optim import AdamW, param_groups
+from lowbits.train._batch import Batches
 from lowbits.train._checkpoint import newest_intact, tidy, write_checkpoint
 from lowbits.train._disk import write_json
 from lowbits.train._display import Display
-from lowbits.train._evaluate import autocast, causal_loss, evaluate, sample
+from lowbits.train._evaluate import evaluate, sample
 from lowbits.train._folder import CHECKPOINTS, LOG, RESULT, begin, changed_environment, earlier_result
 from lowbits.train._guard import Event, Source, find_source, judge
 from lowbits.train._interrupts import Interrupts
@@ -37,7 +38,6 @@ from lowbits.train._log import Log, cut_after, open_trackers
 from lowbits.train._memory import peak_bytes, reset_peak
 from lowbits.train._monitor import layer_errors
 from lowbits.train._run import Run
-from lowbits.train._seeds import derived_seed
 from lowbits.train._state import Progress, load_state_, save_state
 from lowbits.train._world import World, unsynchronized, world
 
@@ -54,6 +54,7 @@ class _Training:
     world: World
     config: dict[str, object]
     data: TokenData
+    batches: Batches
     model: PreTrainedModel
     network: nn.Module  # the model, or DDP around it
     conversion: Conversion
@@ -82,18 +83,16 @@ def train(run: Run, out: str | Path, *, resume: bool = False) -> dict[str, objec
     if earlier is not None:
         return earlier
     with world(run.compute.device) as here:
-        t = _set_up(run, out, here)
         try:
-            with t.display, Interrupts() as interrupts:
+            t = _set_up(run, out, here)
+            with closing(t.log), t.display, Interrupts() as interrupts:
                 status = _loop(t, interrupts)
                 return _finish(t, status, interrupts)
         except torch.OutOfMemoryError as error:
             raise RunError(
-                f"out of memory on {here.device} at step {t.progress.step}; use a smaller --batch-size, a larger "
-                "--accumulation or --gradient-checkpointing."
+                f"out of memory on {here.device}; use a larger --accumulation, --gradient-checkpointing, or a smaller "
+                "--batch-size."
             ) from error
-        finally:
-            t.log.close()
 
 
 def _set_up(run: Run, out: Path, here: World) -> _Training:
@@ -114,6 +113,8 @@ def _set_up(run: Run, out: Path, here: World) -> _Training:
         eps=run.optimizer.eps,
         seed=run.seed,
     )
+    batches = Batches(run, data, model, here)
+    batches.rehearse()
     config = {**run.resolved(), "data_fingerprint": data.fingerprint}
     if here.first:
         begin(out, config, here)
@@ -124,7 +125,9 @@ def _set_up(run: Run, out: Path, here: World) -> _Training:
     reset_peak(here.device)
     trackers = open_trackers(run.watching.sinks, out, config, progress.step) if here.first else []
     log = Log(out / LOG if here.first else Path(os.devnull), trackers)
-    t = _Training(run, out, here, config, data, model, here.wrap(model), conversion, optimizer, progress, log, display)
+    t = _Training(
+        run, out, here, config, data, batches, model, here.wrap(model), conversion, optimizer, progress, log, display
+    )  # fmt: skip
     t.mark = (progress.tokens, progress.seconds)
     display.say(f"{run.recipe_name}: {conversion}")
     for event in events:
@@ -212,7 +215,7 @@ def _loop(t: _Training, interrupts: Interrupts) -> str:
             progress.evaluation = evaluate(run, t.data, t.model, t.world)
             _write(t, "eval", tokens=progress.tokens, seconds=round(progress.seconds, 3), **progress.evaluation)
         if watching.errors_every and progress.step % watching.errors_every == 0 and not t.run.rule.plain:
-            _write(t, "errors", layers=layer_errors(t.model, lambda: _loss(t, t.model, progress.step - 1, 0)))
+            _write(t, "errors", layers=layer_errors(t.model, lambda: t.batches.loss(t.model, progress.step - 1)))
         if last or stop or progress.step % run.saving.save_every == 0:
             _save(t)
         if stop and not last:
@@ -226,7 +229,7 @@ def _step(t: _Training, interrupts: Interrupts) -> tuple[float, float, bool]:
     losses = []
     for micro in range(run.accumulation):
         with unsynchronized(t.network) if micro + 1 < run.accumulation else nullcontext():
-            loss = _loss(t, t.network, step, micro)
+            loss = t.batches.loss(t.network, step, micro)
             (loss / run.accumulation).backward()
         losses.append(loss.detach())
     # One reduction for what all processes must agree on, one transfer for what the host must know.
@@ -243,25 +246,6 @@ def _step(t: _Training, interrupts: Interrupts) -> tuple[float, float, bool]:
     t.progress.step += 1
     t.progress.tokens += run.tokens_per_step
     return mean_loss, grad_norm, stop > 0
-
-
-def _loss(t: _Training, network: nn.Module, step: int, micro: int) -> Tensor:
-    """Return the loss of one micro-batch. Every random stream is set here from the position, and nowhere else."""
-    run, here = t.run, t.world
-    index = step * run.accumulation + micro
-    ids = t.data.batch(
-        "train",
-        index,
-        batch_size=run.batch_size // run.accumulation,
-        block=run.block,
-        seed=run.seed,
-        rank=here.rank,
-        world=here.size,
-    )
-    torch.manual_seed(derived_seed(run.seed, "dropout", index, here.rank))
-    set_step_(t.model, index * here.size + here.rank)
-    with autocast(run, here):
-        return causal_loss(network, ids.to(here.device, non_blocking=True))
 
 
 def _lr(run: Run, step: int) -> float:
@@ -302,7 +286,7 @@ def _diverge(t: _Training) -> str:
     """Run the last batch again to find where it went wrong; the first process that sees it is believed."""
     seen: Source | None = None
     for micro in range(t.run.accumulation):
-        seen = seen or find_source(t.model, lambda m=micro: _loss(t, t.model, t.progress.step - 1, m))
+        seen = seen or find_source(t.model, lambda m=micro: t.batches.loss(t.model, t.progress.step - 1, m))
     t.source = next((s for s in t.world.gather(seen) if isinstance(s, Source)), None)
     where = f"first in the {t.source.role} of {t.source.layer}" if t.source else "the batch is finite when run again"
     layer, role = (t.source.layer, t.source.role) if t.source else ("", "")
@@ -354,9 +338,7 @@ def _finish(t: _Training, status: str, interrupts: Interrupts) -> dict[str, obje
     }
     if status == "finished" and t.world.first:
         with torch.compiler.set_stance("force_eager"):  # what compiled blocks save would escape the count
-            memory = measure_memory(
-                t.model, t.optimizer, lambda model, step: _loss(t, model, step, 0), progress.step - 1
-            )
+            memory = measure_memory(t.model, t.optimizer, t.batches.loss, progress.step - 1)
         result["memory"] = memory.as_json()
         result["sample"] = sample(run, t.data, t.model, t.world)
     if status == "interrupted" and interrupts.caught is not None:

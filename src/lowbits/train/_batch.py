@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compute the loss of a micro-batch; every random stream of a run is set here from the position, and nowhere else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lowbits.data import TokenData
+from lowbits.nn import set_step_
+from lowbits.train._run import Autocast, Run
+from lowbits.train._seeds import derived_seed
+from lowbits.train._world import World
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The training batches of one process.
+
+    Args:
+        run: its seed, sizes and precision.
+        data: the tokens.
+        model: not wrapped; its layers count the noise.
+        world: which part of each batch is this process's.
+    """
+
+    run: Run
+    data: TokenData
+    model: PreTrainedModel
+    world: World
+
+    def loss(self, network: nn.Module, step: int, micro: int = 0) -> Tensor:
+        """Return the loss of one micro-batch, a pure function of weights and position.
+
+        All micro-batches of all processes are numbered in one row, so that two processes see the tokens and draw the
+        noise of one process with twice the micro-batches.
+
+        Args:
+            network: the model, or what wraps it.
+            step: index of the update, 0 for the first.
+            micro: index of the micro-batch in it.
+        """
+        run, here = self.run, self.world
+        index = step * run.accumulation + micro
+        ids = self.data.batch(
+            "train",
+            index,
+            batch_size=run.batch_size // run.accumulation,
+            block=run.block,
+            seed=run.seed,
+            rank=here.rank,
+            world=here.size,
+        )
+        torch.manual_seed(derived_seed(run.seed, "dropout", index, here.rank))
+        set_step_(self.model, index * here.size + here.rank)
+        with autocast(run, here):
+            return causal_loss(network, ids.to(here.device, non_blocking=True))
+
+    def rehearse(self) -> None:
+        """Run a micro-batch forward and backward without compilation, and forget it.
+
+        What cannot work (a group that does not divide the tokens, too little memory) is said in plain words before
+        anything is written; and formats fill their caches, whose lock the compiler cannot trace on Python 3.11.
+        """
+        with torch.compiler.set_stance("force_eager"):
+            self.loss(self.model, 0).backward()
+        self.model.zero_grad(set_to_none=True)
+
+
+def autocast(run: Run, world: World) -> torch.autocast:
+    """Return the precision context of a run's forward pass."""
+    return torch.autocast(world.device.type, torch.bfloat16, enabled=run.compute.autocast is Autocast.BF16)
+
+
+def causal_loss(network: nn.Module, ids: Tensor) -> Tensor:
+    """Return the mean of -log p(x_t | x_<t) over all positions but the first of each sequence, in nats.
+
+    Args:
+        network: maps `input_ids` to an output with `.logits`.
+        ids: int64 [batch, block].
+    """
+    logits = network(input_ids=ids, use_cache=False).logits
+    return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten())
