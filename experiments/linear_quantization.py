@@ -24,13 +24,13 @@ from pathlib import Path
 
 import torch
 
-from lowbits.analysis import causal_loss, compare_post_training, dequantized, m_sharpness, provenance
+from lowbits.analysis import causal_loss, compare_post_training, dequantized, m_sharpness
 from lowbits.data import TokenData
 from lowbits.formats import INT4
 from lowbits.nn import convert_, high_precision, quantized_layers
 from lowbits.quantizers import PerRow, PerTensor, QuantSpec, quantize
 from lowbits.recipes import named
-from lowbits.study import Summary, compare
+from lowbits.study import Summary, compare, summarize
 from lowbits.train import Autocast, Compute, Device, Optimizer, Run, Saving, Watching
 
 SEEDS = (0, 1, 2)
@@ -80,6 +80,8 @@ GPU_RUN = Run(
     optimizer=Optimizer(lr=6e-4, betas=(0.9, 0.999)), saving=Saving(save_every=500, keep=1),
     watching=Watching(eval_every=250, eval_batches=8, errors_every=500),
 )  # fmt: skip
+# T6 and T7 look into the finished models of these arms.
+PROBED = ("bf16", "w4_channel", "w4_tensor")
 RHO, SHARP_BATCHES, SHARP_BATCH = 0.01, 20, 16
 
 
@@ -176,21 +178,25 @@ def training_checks(arms: Arms) -> list[Check]:
     ]  # fmt: skip
 
 
-def load(out: Path, arm: str, seed: int, device: torch.device) -> torch.nn.Module:
+def checkpoints(out: Path, arm: str, seed: int) -> list[Path]:
+    return list((out / arm / f"seed-{seed}" / "checkpoints").glob("step-*"))
+
+
+def load(out: Path, arm: str, seed: int) -> torch.nn.Module:
     """Return the trained model of one run, converted under the recipe that it was trained with."""
     from transformers import AutoModelForCausalLM
 
-    (folder,) = (out / arm / f"seed-{seed}" / "checkpoints").glob("step-*")
-    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa").to(device)
+    (folder,) = checkpoints(out, arm, seed)
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa")
     recipe = named("bf16" if arm == "null" else arm)
     convert_(model, recipe, verbose=False)
     return model
 
 
-def weight_error_check(out: Path, device: torch.device) -> Check:
+def weight_error_check(out: Path) -> Check:
     """T2: on the baseline's trained weights, 4 bits per channel err less than per tensor, in every layer."""
     errors = []
-    for layer in quantized_layers(load(out, "bf16", SEEDS[0], device)).values():
+    for layer in quantized_layers(load(out, "bf16", SEEDS[0])).values():
         w = layer.weight.detach().t()
         decoded = [quantize(w, QuantSpec(INT4, granularity)).dequantize() for granularity in (PerRow(), PerTensor())]
         errors.append([((w_hat - w).norm() / w.norm()).item() for w_hat in decoded])
@@ -200,21 +206,21 @@ def weight_error_check(out: Path, device: torch.device) -> Check:
     return Check("T2", statement, measured, all(c < t for c, t in errors))
 
 
-def post_training_check(out: Path, run: Run, data: TokenData, device: torch.device) -> Check:
+def post_training_check(out: Path, run: Run, data: TokenData, seeds: list[int]) -> Check:
     """T6: quantizing the finished baseline to 4 bits loses more than training under the same quantizer."""
     batches = list(data.val_batches(run.batch_size, run.block, run.watching.eval_batches * run.batch_size))
 
     @torch.no_grad()
     def loss(model: torch.nn.Module) -> float:
-        return statistics.fmean(causal_loss(model, ids.to(device)).item() for ids in batches)
+        return statistics.fmean(causal_loss(model, ids).item() for ids in batches)
 
     rows = []
-    for seed in SEEDS:
-        after = compare_post_training(load(out, "bf16", seed, device), {"w4": named("w4_channel")}, loss)
+    for seed in seeds:
+        after = compare_post_training(load(out, "bf16", seed), {"w4": named("w4_channel")}, loss)
         rows.append(
             (
                 after["w4"] - after["high_precision"],
-                loss(load(out, "w4_channel", seed, device).eval()) - after["high_precision"],
+                loss(load(out, "w4_channel", seed).eval()) - after["high_precision"],
             )
         )
     ptq, trained = (statistics.fmean(column) for column in zip(*rows, strict=True))
@@ -223,12 +229,12 @@ def post_training_check(out: Path, run: Run, data: TokenData, device: torch.devi
     return Check("T6", statement, measured, ptq > trained)
 
 
-def sharpness_check(out: Path, data: TokenData, run: Run, device: torch.device) -> Check:
+def sharpness_check(out: Path, data: TokenData, run: Run, seeds: list[int]) -> Check:
     """T7: at the same relative radius the 4-bit weight model is at least as sharp as the baseline, in both readings."""
-    ids = [b.to(device) for b in data.val_batches(SHARP_BATCH, run.block, SHARP_BATCHES * SHARP_BATCH)]
+    ids = [*data.val_batches(SHARP_BATCH, run.block, SHARP_BATCHES * SHARP_BATCH)]
     found: dict[str, list[float]] = {}
-    for seed in SEEDS:
-        base, four = (load(out, arm, seed, device) for arm in ("bf16", "w4_tensor"))
+    for seed in seeds:
+        base, four = (load(out, arm, seed) for arm in ("bf16", "w4_tensor"))
         found.setdefault("baseline", []).append(m_sharpness(base, causal_loss, ids, rho=RHO).value)
         found.setdefault("w4_tensor, quantizers on", []).append(m_sharpness(four, causal_loss, ids, rho=RHO).value)
         with dequantized(four), high_precision(four):
@@ -238,22 +244,24 @@ def sharpness_check(out: Path, data: TokenData, run: Run, device: torch.device) 
     told = [f"{n} {statistics.fmean(v):.4f} +- {statistics.stdev(v) / len(v) ** 0.5:.4f}" for n, v in found.items()]
     means = {name: statistics.fmean(values) for name, values in found.items()}
     statement = f"sharpness at relative radius {RHO} (mean and standard error): 4-bit weights at least the baseline's"
-    return Check("T7", statement, "; ".join(told), min(list(means.values())[1:]) >= means["baseline"])
+    return Check(
+        "T7", statement, f"{'; '.join(told)} ({len(seeds)} seeds)", min(list(means.values())[1:]) >= means["baseline"]
+    )
 
 
-def write(scale: str, arms: Arms, checks: list[Check], run: Run, device: torch.device) -> Path:
-    """Write the results file and print the table."""
+def write(scale: str, arms: Arms, checks: list[Check], run: Run, out: Path) -> Path:
+    """Write the results file, which tells where the runs were made, and print the table."""
+    told = json.loads((out / "bf16" / f"seed-{SEEDS[0]}" / "env.json").read_text(encoding="utf-8"))
     result = {
-        "provenance": provenance(device), "scale": scale, "run": run.resolved(), "seeds": SEEDS, "sigma": arms.sigma,
-        "baseline": arms.baseline, "losses": arms.losses, "status": {n: a.status for n, a in arms.by_name.items()},
-        "tokens_per_second": {n: a.tokens_per_second.mean for n, a in arms.by_name.items()},
-        "spikes": {n: arms.spikes(n) for n in arms.by_name}, "checks": [asdict(check) for check in checks],
+        "provenance": told, "scale": scale, "run": run.resolved(), "sigma": arms.sigma, "baseline": arms.baseline,
+        "close": arms.close, "losses": arms.losses, "gaps": {n: arms.gap(n) for n, v in arms.losses.items() if v},
+        "status": {n: a.status for n, a in arms.by_name.items()}, "spikes": {n: arms.spikes(n) for n in arms.by_name},
+        "checks": [asdict(check) for check in checks],
     }  # fmt: skip
-    name = str(provenance(device)["device"])
-    path = Path(__file__).parents[1] / "benchmarks" / "results" / name / f"linear_quantization_{scale}.json"
+    path = Path(__file__).parents[1] / "benchmarks" / "results" / told["device"] / f"linear_quantization_{scale}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(f"baseline {arms.baseline:.4f}, sigma {arms.sigma:.4f} over {2 * len(SEEDS)} runs")
+    print(f"baseline {arms.baseline:.4f}, sigma {arms.sigma:.4f}")
     for check in checks:
         print(f"{'holds ' if check.holds else 'FAILS '} {check.id:3} {check.statement}: {check.measured}")
     return path
@@ -265,18 +273,24 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="folder made by `lowbits data prepare`")
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--jobs", type=int, help="runs at a time")
+    parser.add_argument("--as-is", action="store_true", help="train nothing: check the runs that are there")
     arguments = parser.parse_args()
     on_cpu = arguments.scale == "cpu"
     names, base = (CPU_ARMS, CPU_RUN) if on_cpu else (GPU_ARMS, GPU_RUN)
     device = torch.device("cpu" if on_cpu else "cuda")
     run = replace(base, data=arguments.data, compute=replace(base.compute, device=Device(device.type)))
-    arms = Arms(compare(names, SEEDS, run, arguments.out, jobs=arguments.jobs))
-    data = TokenData.open(arguments.data)
+    out = arguments.out
+    arms = Arms(summarize(out) if arguments.as_is else compare(names, SEEDS, run, out, jobs=arguments.jobs))
     checks = training_checks(arms)
     if on_cpu:
-        checks += [weight_error_check(arguments.out, device), post_training_check(arguments.out, run, data, device),
-                   sharpness_check(arguments.out, data, run, device)]  # fmt: skip
-    print(write(arguments.scale, arms, checks, run, device))
+        seeds = [seed for seed in SEEDS if all(checkpoints(out, arm, seed) for arm in PROBED)]
+        data = TokenData.open(arguments.data)
+        checks += [
+            weight_error_check(out),
+            post_training_check(out, run, data, seeds),
+            sharpness_check(out, data, run, seeds),
+        ]
+    print(write(arguments.scale, arms, checks, run, out))
 
 
 if __name__ == "__main__":
