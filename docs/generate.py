@@ -165,6 +165,40 @@ def results() -> str:
     return f"{table(header, rows)}\n{report['compared']} {report['noise_words']} Made by {made}\n"
 
 
+def experiment(scale: str) -> dict[str, Any]:
+    """The results file of experiments/linear_quantization.py at one scale."""
+    (path,) = (ROOT / "benchmarks" / "results").glob(f"*/linear_quantization_{scale}.json")
+    return {**json.loads(path.read_text(encoding="utf-8")), "path": path.relative_to(ROOT).as_posix()}
+
+
+def checks(scale: str) -> str:
+    """Every claim that was checked, what was measured, and whether it holds."""
+    found = experiment(scale)
+    rows = ([c["id"], c["statement"], c["measured"], "yes" if c["holds"] else "**no**"] for c in found["checks"])
+    return f"{table(['check', 'claim', 'measured, gaps in nats', 'holds'], rows)}\n{made_by(found)}\n"
+
+
+def gaps(scale: str) -> str:
+    """Every arm: its validation losses by seed and its gap to all baseline runs."""
+    found = experiment(scale)
+    rows = (
+        [f"`{name}`", " ".join(f"{loss:.4f}" for loss in losses), f"{found['gaps'][name]:+.4f}"]
+        for name, losses in sorted(found["losses"].items(), key=lambda item: found["gaps"].get(item[0], math.inf))
+        if losses
+    )
+    return table(["arm", "validation loss by seed, quantizers on", "gap, nats"], rows)
+
+
+def made_by(found: dict[str, Any]) -> str:
+    """Where a results file comes from."""
+    told, run = found["provenance"], found["run"]
+    return (
+        f"{told['device']}, torch {told['versions']['torch']}; {run['model']}, {run['steps']} steps of "
+        f"{run['batch_size'] * run['block']:,} tokens. Baseline {found['baseline']:.4f}, standard deviation of its runs "
+        f'{found["sigma"]:.4f}; "no gap" means within {found["close"]:.4f}. File: `{found["path"]}`.'
+    )
+
+
 def spread(value: dict[str, Any]) -> str:
     """Return `mean ± standard deviation`."""
     if value["mean"] is None:
@@ -196,6 +230,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "analyses": analyses,
     "models": sizes,
     "results": results,
+    "checks cpu": partial(checks, "cpu"),
+    "checks gpu": partial(checks, "gpu"),
+    "gaps cpu": partial(gaps, "cpu"),
+    "gaps gpu": partial(gaps, "gpu"),
     "tree": tree,
     **{f"recipes {family}": partial(recipe_table, family) for family in recipes.FAMILIES},
 }
