@@ -30,6 +30,8 @@ class Train:
 
     A Python file as the first word gives the run: it defines `run() -> Run`. The options change what it says.
 
+    Exit code: 0 finished, 2 an error, 3 diverged, 130 Ctrl-C and 143 SIGTERM (saved; --resume goes on).
+
     Args:
         out: folder of the run; it must not hold another one.
         resume: go on from the newest intact checkpoint in --out, or start if there is none.

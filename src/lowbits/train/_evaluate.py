@@ -19,7 +19,7 @@ from lowbits.train._world import World
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_PROMPT, _SAMPLE = 16, 120  # tokens
+_PROMPT, _SAMPLE = 16, 80  # tokens
 
 
 def evaluate(run: Run, data: TokenData, model: PreTrainedModel, world: World) -> dict[str, float | None]:
