@@ -194,7 +194,8 @@ def made_by(found: dict[str, Any]) -> str:
     told, run = found["provenance"], found["run"]
     return (
         f"{told['device']}, torch {told['versions']['torch']}; {run['model']}, {run['steps']} steps of "
-        f"{run['batch_size'] * run['block']:,} tokens. Baseline {found['baseline']:.4f}, standard deviation of its runs "
+        f"{run['batch_size'] * run['block']:,} tokens. Baseline {found['baseline']:.4f}, standard deviation"
+        f" of its runs "
         f'{found["sigma"]:.4f}; "no gap" means within {found["close"]:.4f}. File: `{found["path"]}`.'
     )
 
