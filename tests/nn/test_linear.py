@@ -149,11 +149,11 @@ def saved_bytes(model: nn.Module, x: torch.Tensor) -> int:
 
 
 def test_h3_operand_faithful_saves_codes():
-    """Exact by count: int8 codes and a float32 scale a row of X and W; the step counter is 8 bytes."""
+    """Exact by count: int8 codes and a float32 scale a row of X and W; the noise buffer is 8 * 13 bytes."""
     x = torch.randn(256, 20, dtype=torch.bfloat16, requires_grad=True) * 1
     ref, faithful = (make(replace(named(n), grad_parts=1), bias=False).bfloat16() for n in ("w8a8", "w8a8_faithful"))
-    assert saved_bytes(ref, x) == 256 * 20 * 2 + 8
-    assert saved_bytes(faithful, x) == (256 * 20 + 4 * 256) + (12 * 20 + 4 * 12) + 8
+    assert saved_bytes(ref, x) == 256 * 20 * 2 + 8 * 13
+    assert saved_bytes(faithful, x) == (256 * 20 + 4 * 256) + (12 * 20 + 4 * 12) + 8 * 13
 
 
 def test_autocast_quantizes_the_float32_weight_and_multiplies_in_bf16():

@@ -105,7 +105,7 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
 def set_step_(model: nn.Module, step: int) -> None:
     """Set the counter of all random bits; call it before every forward with a number that never repeats in a run."""
     for layer in quantized_layers(model).values():
-        layer.noise_step.fill_(step)
+        layer.noise[0] = step
 
 
 @contextmanager
@@ -151,9 +151,9 @@ def _convert_layer(name: str, module: nn.Module, recipe: Recipe, seed: int) -> N
     assert isinstance(module, QuantizedLinear | QuantizedConv1D)
     module.recipe = recipe
     module.layer_name = name
-    module.streams = {role: Noise.of(seed, name, role) for role in ROLES}
-    device = module.weight.device
-    module.register_buffer("noise_step", torch.zeros((), dtype=torch.int64, device=device), persistent=False)
+    keys = [word for role in ROLES for word in Noise.of(seed, name, role).key]
+    noise = torch.tensor([0, *keys], dtype=torch.int64, device=module.weight.device)
+    module.register_buffer("noise", noise, persistent=False)
 
 
 def _check_sizes(name: str, module: nn.Module, recipe: Recipe) -> None:

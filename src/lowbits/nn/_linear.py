@@ -25,7 +25,6 @@ class _Plan(NamedTuple):
     """What the autograd function needs beside its tensors."""
 
     recipe: Recipe
-    streams: dict[str, Noise]
     dtype: torch.dtype
     layer_name: str
 
@@ -36,12 +35,13 @@ class QuantizedLinear(nn.Linear):
     Attributes:
         recipe: assign `Recipe()` to switch the quantizers off.
         layer_name: the module's path, which names it in errors and keys its random bits.
+        noise: int64 [1 + 2 roles], the step and the Philox keys of `ROLES`. A buffer that no checkpoint holds; as
+            plain numbers the keys would be constants of a compiled graph, another graph for every layer.
     """
 
     recipe: Recipe
     layer_name: str
-    streams: dict[str, Noise]
-    noise_step: Tensor
+    noise: Tensor
 
     def forward(self, input: Tensor) -> Tensor:
         """Return input W^T + b in the compute dtype, [..., in] -> [..., out]."""
@@ -57,8 +57,7 @@ class QuantizedConv1D(nn.Module):
 
     recipe: Recipe
     layer_name: str
-    streams: dict[str, Noise]
-    noise_step: Tensor
+    noise: Tensor
     weight: nn.Parameter
     bias: nn.Parameter
 
@@ -94,8 +93,8 @@ def quantized_linear(layer: QuantizedLayer, x: Tensor, weight: Tensor) -> Tensor
         return linear(x, weight, layer.bias)
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    plan = _Plan(layer.recipe, layer.streams, dtype, layer.layer_name)
-    y = _QuantizedMatmul.apply(x.reshape(-1, x.shape[-1]).to(dtype), weight, layer.noise_step, plan)
+    plan = _Plan(layer.recipe, dtype, layer.layer_name)
+    y = _QuantizedMatmul.apply(x.reshape(-1, x.shape[-1]).to(dtype), weight, layer.noise, plan)
     y = y.view(*x.shape[:-1], weight.shape[0])
     return y if layer.bias is None else y + layer.bias.to(dtype)
 
@@ -104,69 +103,73 @@ class _QuantizedMatmul(torch.autograd.Function):
     """y[M, N] = x[M, K] w[N, K]^T and its two backward GEMMs, each operand quantized as the recipe says."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, step: Tensor, plan: _Plan) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, w: Tensor, noise: Tensor, plan: _Plan) -> Tensor:  # type: ignore[override]
         recipe = plan.recipe
-        qx = _operand(x, recipe.fprop.lhs, plan, "fprop.lhs", step)
-        qw = _operand(w, recipe.fprop.rhs, plan, "fprop.rhs", step)
+        qx = _operand(x, recipe.fprop.lhs, plan, "fprop.lhs", noise)
+        qw = _operand(w, recipe.fprop.rhs, plan, "fprop.rhs", noise)
         ctx.plan, ctx.dtypes = plan, (x.dtype, w.dtype)
         if recipe.save is Save.QUANTIZED:
             packed = [q.pack() for q in (qx, qw) if isinstance(q, QTensor)]
             ctx.packed = [(p.spec, p.shape) for p in packed]
-            ctx.save_for_backward(step, *[t for p in packed for t in (p.codes, p.scale, p.zero_point)])
+            ctx.save_for_backward(noise, *[t for p in packed for t in (p.codes, p.scale, p.zero_point)])
         else:
-            ctx.save_for_backward(step, x, w)
+            ctx.save_for_backward(noise, x, w)
         return scaled_mm(qx, qw, plan.dtype, recipe.execution if any(recipe.fprop) else Execution.SIMULATED)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # type: ignore[override]
-        step, x, w = _saved(ctx)
+        noise, x, w = _saved(ctx)
         dx = dw = None
         if ctx.needs_input_grad[0]:
-            dx = _backward_mm(ctx.plan, "dgrad", g, w.t(), step).to(ctx.dtypes[0])
+            dx = _backward_mm(ctx.plan, "dgrad", g, w.t(), noise).to(ctx.dtypes[0])
         if ctx.needs_input_grad[1]:
-            dw = _backward_mm(ctx.plan, "wgrad", g.t(), x.t(), step).to(ctx.dtypes[1])
+            dw = _backward_mm(ctx.plan, "wgrad", g.t(), x.t(), noise).to(ctx.dtypes[1])
         return dx, dw, None, None
 
 
 def _saved(ctx: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """The step, and X and W as backward is meant to see them."""
+    """The noise buffer, and X and W as backward is meant to see them."""
     if ctx.plan.recipe.save is Save.ORIGINAL:
         return ctx.saved_tensors
-    step, *parts = ctx.saved_tensors
+    noise, *parts = ctx.saved_tensors
     x, w = (
         PackedTensor(codes, scale, spec, shape, zero_point).unpack().dequantize()
         for (spec, shape), (codes, scale, zero_point) in zip(ctx.packed, (parts[:3], parts[3:]), strict=True)
     )
-    return step, x, w
+    return noise, x, w
 
 
-def _backward_mm(plan: _Plan, name: str, lhs: Tensor, rhs: Tensor, step: Tensor) -> Tensor:
+def _backward_mm(plan: _Plan, name: str, lhs: Tensor, rhs: Tensor, noise: Tensor) -> Tensor:
     gemm = plan.recipe.gemms[name]
     gradient_axis = 1 if name == "dgrad" else 0  # where `out` is in G
-    q_lhs = _gradient(lhs, gemm.lhs, plan, f"{name}.lhs", step, gradient_axis)
-    q_rhs = _operand(rhs, gemm.rhs, plan, f"{name}.rhs", step)
+    q_lhs = _gradient(lhs, gemm.lhs, plan, f"{name}.lhs", noise, gradient_axis)
+    q_rhs = _operand(rhs, gemm.rhs, plan, f"{name}.rhs", noise)
     return scaled_mm(q_lhs, q_rhs, plan.dtype, plan.recipe.execution if any(gemm) else Execution.SIMULATED)
 
 
-def _operand(x: Tensor, spec: QuantSpec | None, plan: _Plan, role: str, step: Tensor) -> Tensor | QTensor:
+def _operand(x: Tensor, spec: QuantSpec | None, plan: _Plan, role: str, noise: Tensor) -> Tensor | QTensor:
     if spec is None:
         return x
-    noise = None
-    if spec.rounding is Rounding.STOCHASTIC:
-        noise = plan.streams[role].uniform(x.shape, step, device=x.device)
     try:
-        return quantize(x, spec, noise)
+        return quantize(x, spec, _uniform(x, spec, role, noise))
     except ShapeError as error:  # what was known at conversion was checked there; the number of tokens was not
         raise ShapeError(f"{plan.layer_name}, {role}: {error}") from None
 
 
-def _gradient(g: Tensor, spec: QuantSpec | None, plan: _Plan, role: str, step: Tensor, axis: int) -> Tensor | QTensor:
+def _gradient(g: Tensor, spec: QuantSpec | None, plan: _Plan, role: str, noise: Tensor, axis: int) -> Tensor | QTensor:
     """Quantize G, in `grad_parts` parts along `out` where the recipe asks for it."""
     parts = plan.recipe.grad_parts
     if spec is None or parts == 1:
-        return _operand(g, spec, plan, role, step)
-    noise = [None] * parts
-    if spec.rounding is Rounding.STOCHASTIC:
-        noise = plan.streams[role].uniform(g.shape, step, device=g.device).chunk(parts, axis)
-    pieces = [quantize(c, spec, n).dequantize() for c, n in zip(g.chunk(parts, axis), noise, strict=True)]
+        return _operand(g, spec, plan, role, noise)
+    uniform = _uniform(g, spec, role, noise)
+    draws = [None] * parts if uniform is None else uniform.chunk(parts, axis)
+    pieces = [quantize(c, spec, u).dequantize() for c, u in zip(g.chunk(parts, axis), draws, strict=True)]
     return torch.cat(pieces, axis)
+
+
+def _uniform(x: Tensor, spec: QuantSpec, role: str, noise: Tensor) -> Tensor | None:
+    """Draw what stochastic rounding needs; None for nearest."""
+    if spec.rounding is Rounding.NEAREST:
+        return None
+    index = 1 + 2 * ROLES.index(role)
+    return Noise((noise[index], noise[index + 1])).uniform(x.shape, noise[0], device=x.device)

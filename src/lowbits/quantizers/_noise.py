@@ -24,12 +24,12 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 _LOW = 0xFFFFFFFF
 
 
-def philox(counter: Sequence[Tensor | int], key: tuple[int, int]) -> tuple[Tensor, ...]:
+def philox(counter: Sequence[Tensor | int], key: tuple[Tensor | int, Tensor | int]) -> tuple[Tensor, ...]:
     """Return the four 32-bit words of Philox4x32-10.
 
     Args:
         counter: four words below 2^32, int64 tensors that broadcast (or ints, at least one tensor).
-        key: two words below 2^32.
+        key: two words below 2^32, likewise.
     Returns:
         Four int64 tensors of values below 2^32.
     """
@@ -48,10 +48,10 @@ class Noise:
     """A stream of random bits; make one with `Noise.of`.
 
     Args:
-        key: the two 32-bit words of the Philox key.
+        key: the two 32-bit words of the Philox key; int64 scalar tensors keep them out of a compiled graph's constants.
     """
 
-    key: tuple[int, int]
+    key: tuple[Tensor | int, Tensor | int]
 
     @staticmethod
     def of(seed: int, name: str, role: str) -> Noise:
@@ -88,4 +88,6 @@ class Noise:
         self, shape: Sequence[int], step: int | Tensor, *, offset: int = 0, device: torch.device | str = "cpu"
     ) -> Tensor:
         """Return float32 values k / 2^24, k = 0 .. 2^24 - 1: the top 24 of `bits`, so exact and below 1."""
-        return (self.bits(shape, step, offset=offset, device=device) >> 8).to(torch.float32) * 2.0**-24
+        # A mask, not a shift: inductor's C++ (torch 2.13) moved a shift behind the conversion and did not compile.
+        top = self.bits(shape, step, offset=offset, device=device) & 0xFFFFFF00
+        return top.to(torch.float32) * 2.0**-32
