@@ -161,7 +161,7 @@ def results() -> str:
     )
     header = ["recipe", "quantizes", "validation loss, nats", "gap", "verdict"]
     facts = dict(report["environment"])
-    made = f"`{report['command']}`, torch {facts['versions torch']}, commit {facts['commit']}."
+    made = f"`{report['command']}`, torch {facts['torch']}, commit {facts['commit']}."
     return f"{table(header, rows)}\n{report['compared']} {report['noise_words']} Made by {made}\n"
 
 

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lowbits.errors import ShapeError
 from lowbits.formats import INT4, INT8
+from lowbits.models import build
 from lowbits.nn import Execution, Gemm, Recipe, Save, convert_, high_precision, quantized_layers, set_step_
 from lowbits.quantizers import PerColumn, PerGroup, PerRow, PerTensor, QuantSpec, Rounding
 from lowbits.recipes import NAMED, named
@@ -247,3 +248,15 @@ def test_a_size_known_only_in_training_names_the_layer():
 def test_extra_repr_shows_the_recipe():
     assert "fprop int8 row x int8 row; simulated" in repr(make(named("w8a8")))
     assert "per" not in repr(make(Recipe(fprop=Gemm(QuantSpec(INT8, PerTensor()), None)))).lower().split("recipe")[1]
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch, from inside dynamo
+def test_the_blocks_of_a_model_share_one_graph_without_a_break():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = build("gpt2-pico", vocab_size=64, block=8, seed=0)
+    convert_(model, named("w8a8g8"), verbose=False)
+    for block in model.transformer.h:
+        block.compile(fullgraph=True, backend="aot_eager")
+    model(input_ids=torch.zeros(1, 8, dtype=torch.int64), use_cache=False).logits.sum().backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1

@@ -72,7 +72,7 @@ def test_all_that_was_asked_for_is_on_the_page(page: Page) -> None:
     for words in (
         "No difference seen from bf16: w8a8.",
         "cannot be told from chance",
-        "+0.1013 ± 0.0045",
+        "+0.1013 ± 0.0044",
         "+18.3",
         "not reached, 0.0915 nats short",
         "Simulated",

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import random
+import statistics
 
 import pytest
 
@@ -72,3 +73,12 @@ def test_identical_recipes_are_told_apart_as_rarely_as_promised() -> None:
         gaps = [gap_to(Spread.of(losses[n]), Spread.of(losses["bf16"]), noise) for n in ("a", "b", "c")]
         seen += any(abs(g.nats) > g.resolvable for g in gaps if g and g.resolvable is not None)
     assert seen / 400 < 0.05 + 4 * math.sqrt(0.05 * 0.95 / 400)
+
+
+def test_the_null_control_s_runs_are_the_baseline_s():
+    """All arms share two seeds that happen to agree; the null control alone shows how far seeds lie apart."""
+    losses = {"bf16": (3.00, 3.01), "null": (3.10, 3.11), "w8a8": (3.00, 3.01)}
+    noise = pooled_noise(losses, "bf16", "null")
+    pooled = (statistics.variance([3.00, 3.01, 3.10, 3.11]) * 3 + statistics.variance([3.00, 3.01])) / 4
+    assert noise.spread == pytest.approx(pooled**0.5)
+    assert (noise.degrees_of_freedom, noise.pooled, noise.comparisons) == (4, ("bf16", "w8a8"), 2)

@@ -57,6 +57,9 @@ class QuantSpec:
                 "Use PerGroup or Amax()."
             )
 
+        # Computed now and kept: the lock in Python 3.11's cached_property would break a compiled graph.
+        _ = self.format.max, self.format.has_zero, self.format.has_nan
+
     def __str__(self) -> str:
         parts = [self.format.name, _words(self.granularity)]
         if self.scale != Amax():

@@ -130,14 +130,19 @@ def _central_probability(t: float, dof: int) -> float:
     return 2 / math.pi * (theta + math.sin(theta) * total) if odd else math.sin(theta) * total
 
 
-def pooled_noise(losses: Mapping[str, Sequence[float]], baseline: str) -> Noise:
+def pooled_noise(losses: Mapping[str, Sequence[float]], baseline: str, null: str | None = None) -> Noise:
     """Pool the seed spread of all arms, unstable ones aside, and say what gap it leaves visible.
 
     Args:
         losses: final validation losses of the finished runs of each arm, in nats.
         baseline: the arm that the others are compared with; it is never left out.
+        null: the arm that is the baseline under other seeds. Its runs and the baseline's are one population: all other
+            arms share the baseline's seeds, so only this one shows how far seeds can lie apart.
     """
-    pool = {name: values for name, values in losses.items() if len(values) > 1}
+    told = dict(losses)
+    if null is not None:
+        told[baseline] = [*told[baseline], *told.pop(null)]
+    pool = {name: values for name, values in told.items() if len(values) > 1}
     left_out: list[str] = []
     while candidates := [name for name in pool if name != baseline]:
         widest = max(candidates, key=lambda name: statistics.stdev(pool[name]))

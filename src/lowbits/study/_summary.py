@@ -77,7 +77,8 @@ def summarize(directory: Path) -> Summary:
     records = {plan.name: [read_run(directory / plan.name / f"seed-{s}", s) for s in plan.seeds] for plan in plans}
     measured = [measure(plan, records[plan.name], str(directory)) for plan in plans]
     baseline = measured[0]
-    noise = pooled_noise({arm.name: arm.loss_on.values for arm in measured}, baseline.name)
+    null = next((arm.name for arm in measured if arm.role == NULL), None)
+    noise = pooled_noise({arm.name: arm.loss_on.values for arm in measured}, baseline.name, null)
     judged = [_judged(arm, baseline, noise) for arm in measured]
     target = _target(baseline, noise)
     arms = [_completed(arm, records, baseline, target) for arm in judged]
