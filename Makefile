@@ -27,7 +27,7 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)  ## train a small GPT under a baseline and five recipes; the report is runs/demo/report.html
 	@$(BIN)/lowbits data prepare stdlib --vocab-size 512 --out runs/stdlib-512
 	@$(BIN)/lowbits compare bf16 null w8a8 w8a8g8 w4_tensor a4_tensor g4_tensor --seeds 2 --out runs/demo \
-		--data runs/stdlib-512 --model gpt2-pico --steps 300 --batch-size 8 --block 128 --lr 1e-3 --eval-every 100
+		--data runs/stdlib-512 --model gpt2-pico --steps 240 --batch-size 8 --block 128 --lr 1e-3 --eval-every 80
 
 test: $(STAMP)  ## pass the tests (two processes, some minutes)
 	@$(BIN)/python -m pytest -q -n 2 -m "not slow and not gpu"
