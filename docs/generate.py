@@ -161,8 +161,9 @@ def results() -> str:
     )
     header = ["recipe", "quantizes", "validation loss, nats", "gap", "verdict"]
     facts = dict(report["environment"])
-    made = f"`{report['command']}`, torch {facts['torch']}, commit {facts['commit']}."
-    return f"{table(header, rows)}\n{report['compared']} {report['noise_words']} Made by {made}\n"
+    path = files[0].relative_to(ROOT).as_posix()
+    made = f"Made by `make demo` at commit {facts['commit']}, torch {facts['torch']}; file: `{path}`."
+    return f"{table(header, rows)}\n{report['noise_words']} {made}\n"
 
 
 def experiment(scale: str) -> dict[str, Any]:
