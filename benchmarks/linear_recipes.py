@@ -2,7 +2,7 @@
 """What a recipe costs in time, GEMM by GEMM and for a whole training step: H4, H5, H7 of the study.
 
     python benchmarks/linear_recipes.py                 # on whatever device there is
-    python benchmarks/linear_recipes.py --model gpt2-nano --batch 4 --block 128
+    python benchmarks/linear_recipes.py --model gpt2-nano --batch 4 --block 128 --compile
 
 Every figure is a median over repeats in one process, and every ratio is against bf16 in the same run. Simulated recipes
 are said to be simulated: they show the price of looking, not a speed-up.
@@ -118,12 +118,12 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8 if on_cuda else 4)
     parser.add_argument("--block", type=int, default=1024 if on_cuda else 128)
     parser.add_argument("--repeats", type=int, default=15 if on_cuda else 5)
-    parser.add_argument("--eager-only", action="store_true", help="leave torch.compile out (it takes minutes on a CPU)")
+    parser.add_argument("--compile", action="store_true", default=on_cuda, help="also compiled (minutes on a CPU)")
     settings = parser.parse_args()
     device = torch.device("cuda" if on_cuda else "cpu")
     gemm_rows = gemms(device, settings.repeats)
     steps: dict[str, dict[str, object]] = {}
-    for compiled in (False,) if settings.eager_only else (False, True):
+    for compiled in (False, True) if settings.compile else (False,):
         base = 0.0
         for name, arm in recipes(device).items():
             result = training_step(arm, settings, device, compiled)

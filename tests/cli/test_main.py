@@ -77,3 +77,10 @@ def test_a_reader_that_leaves_is_no_error() -> None:
         ["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, env=dict(os.environ)
     )
     assert done.stderr == ""
+
+
+def test_a_missing_extra_is_named(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "rich", None)  # to Python: not installed
+    monkeypatch.setattr("lowbits.cli.importlib.import_module", lambda name: __import__("rich.console"))
+    assert main(["formats"]) == 2
+    assert "rich is not installed; `pip install 'lowbits[train]'`" in capsys.readouterr().err

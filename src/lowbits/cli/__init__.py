@@ -50,6 +50,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except LowbitsError as error:
         print(f"lowbits: error: {error}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:
+        package = (error.name or "lowbits").partition(".")[0]
+        if package == "lowbits":
+            raise
+        print(f"lowbits: error: {package} is not installed; `pip install 'lowbits[train]'` brings it.", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("lowbits: interrupted", file=sys.stderr)
         return 130
