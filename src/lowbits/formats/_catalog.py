@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from lowbits.formats._dynamic import DYNAMIC8, UDYNAMIC8
 from lowbits.formats._format import Codebook, FloatFormat, Format, IntFormat
 
 INT8 = IntFormat("int8", 8)
@@ -40,6 +41,6 @@ NF4 = Codebook(
 
 ALL: tuple[Format, ...] = (
     INT8, INT7, INT6, INT5, INT4, INT3, INT2, UINT8, UINT4, UINT2, UINT1, UINT8_NO_ZERO, TERNARY, BINARY,
-    E4M3, E5M2, E3M2, E2M3, E2M1, E8M0, BF16, NF4,
+    E4M3, E5M2, E3M2, E2M3, E2M1, E8M0, BF16, NF4, DYNAMIC8, UDYNAMIC8,
 )  # fmt: skip
 """Every named format, in the order of the tables."""

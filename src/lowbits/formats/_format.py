@@ -288,12 +288,14 @@ class Codebook(Format):
     Args:
         name: for example `nf4`.
         points: 2 to 256 numbers, strictly ascending, the last one positive.
+        only_zero_is_zero: a positive number is never rounded to 0 but to the smallest positive point.
     Raises:
         FormatError: the points are too few, too many or out of order.
     """
 
     name: str
     points: tuple[float, ...]
+    only_zero_is_zero: bool = False
 
     def __post_init__(self) -> None:
         ordered = all(a < b for a, b in zip(self.points, self.points[1:], strict=False))
@@ -324,7 +326,10 @@ class Codebook(Format):
         lower, upper = points[index].double(), points[index + 1].double()
         fraction = (x.clamp(self.min, self.max).double() - lower) / (upper - lower)
         up = (fraction > 0.5) | (fraction == 0.5) & (index % 2 == 1) if noise is None else noise < fraction
-        return torch.where(x.isnan(), x, torch.where(up, upper, lower).to(torch.float32))
+        rounded = torch.where(up, upper, lower).to(torch.float32)
+        if self.only_zero_is_zero:
+            rounded = torch.where((x > 0) & (rounded == 0), self.smallest, rounded)
+        return torch.where(x.isnan(), x, rounded)
 
     def encode(self, values: Tensor) -> Tensor:
         """See `Format.encode`."""
