@@ -135,7 +135,7 @@ def main() -> None:
             key = f"{name}, {'compiled' if compiled else 'eager'}"
             steps[key] = result
             print(
-                f"{key:32} {result['ms']:8.1f} ms {result['time_over_bf16']:5.2f} x bf16  {arm.execution.value}",
+                f"{key:32} {result['ms']:8.1f} ms {result['time_over_bf16']:5.2f} x bf16  {result['execution']}",
                 flush=True,
             )
     told = provenance(device)
