@@ -304,6 +304,7 @@ class Codebook(Format):
                 f"{self.name}: a codebook has 2 to 256 strictly ascending points and a positive last one, "
                 f"got {len(self.points)} points."
             )
+        _ = self._boundaries  # now and kept: the lock in Python 3.11's cached_property would break a compiled graph
 
     @property
     def bits(self) -> int:  # type: ignore[override]
@@ -319,16 +320,32 @@ class Codebook(Format):
     def _points(self, device: torch.device) -> Tensor:
         return torch.tensor(self.code_values[: len(self.points)], dtype=torch.float32, device=device)
 
-    def project(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
-        """See `Format.project`. Distances are compared in float64; ties go to the even index."""
-        points = self._points(x.device)
-        index = (torch.searchsorted(points, x.contiguous(), right=True) - 1).clamp(0, len(self.points) - 2)
-        lower, upper = points[index].double(), points[index + 1].double()
-        fraction = (x.clamp(self.min, self.max).double() - lower) / (upper - lower)
-        up = (fraction > 0.5) | (fraction == 0.5) & (index % 2 == 1) if noise is None else noise < fraction
-        rounded = torch.where(up, upper, lower).to(torch.float32)
+    @cached_property
+    def _boundaries(self) -> tuple[float, ...]:
+        """The largest float32 that is rounded to each point but the last one: one search then finds the nearest."""
+        points = torch.tensor(self.code_values[: len(self.points)], dtype=torch.float64)
+        middle = (points[1:] + points[:-1]) / 2
+        bound = middle.float()
+        odd = torch.arange(len(middle)) % 2 == 1
+        beyond = (bound.double() > middle) | ((bound.double() == middle) & odd)  # a tie goes to the even index
+        bound = torch.where(beyond, torch.nextafter(bound, torch.tensor(-math.inf)), bound)
         if self.only_zero_is_zero:
-            rounded = torch.where((x > 0) & (rounded == 0), self.smallest, rounded)
+            bound = torch.where(points[:-1] == 0, 0.0, bound)
+        return tuple(bound.tolist())
+
+    def project(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
+        """See `Format.project`. Ties go to the even index."""
+        points = self._points(x.device)
+        if noise is None:
+            bounds = torch.tensor(self._boundaries, dtype=torch.float32, device=x.device)
+            rounded = points[torch.searchsorted(bounds, x.contiguous())]
+        else:
+            index = (torch.searchsorted(points, x.contiguous(), right=True) - 1).clamp(0, len(self.points) - 2)
+            lower, upper = points[index].double(), points[index + 1].double()
+            fraction = (x.clamp(self.min, self.max).double() - lower) / (upper - lower)
+            rounded = torch.where(noise < fraction, upper, lower).to(torch.float32)
+            if self.only_zero_is_zero:
+                rounded = torch.where((x > 0) & (rounded == 0), self.smallest, rounded)
         return torch.where(x.isnan(), x, rounded)
 
     def encode(self, values: Tensor) -> Tensor:
