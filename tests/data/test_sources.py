@@ -109,7 +109,7 @@ def test_the_standard_library_is_its_modules_without_tests() -> None:
     [
         ("a.txt", b"text\0", r"a.txt: binary, not text \(a zero byte at 4\)"),
         ("a.txt", b"1\n<|endoftext|>\nok \xff", r"a.txt: not UTF-8 \(byte 0xff at 19\)"),
-        ("a.txt.gz", gzip.compress(b"text" * 99)[:-9], r"a.txt.gz: cannot be read \(.*ended.*\)"),
+        ("a.txt.gz", gzip.compress(b"text" * 99, mtime=0)[:-9], r"a.txt.gz: cannot be read \(.*ended.*\)"),
         ("a.txt.xz", b"not xz", r"a.txt.xz: cannot be read \(.*format.*\)"),
         ("a.jsonl", b'{"text": "x"}\n{"text"', r"a.jsonl:2: not JSON \("),
         ("a.json", b'[\n{"text": "x"}]', r"a.json:1: not JSON \("),
