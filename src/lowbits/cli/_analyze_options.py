@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -32,7 +33,7 @@ class Outcome:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(ABC):
     """Options of every analysis.
 
     Args:
@@ -61,9 +62,9 @@ class Options:
         """Load the model."""
         return open_subject(self.where, self.recipe, self.device)
 
+    @abstractmethod
     def run(self, subject: Subject) -> Outcome:
         """Carry out the analysis."""
-        raise NotImplementedError
 
 
 def table(first: str, *others: str, title: str | None = None) -> Table:

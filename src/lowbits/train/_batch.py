@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lowbits.analysis import causal_loss
 from lowbits.data import TokenData
 from lowbits.nn import set_step_
 from lowbits.train._run import Autocast, Run
@@ -77,14 +77,3 @@ class Batches:
 def autocast(run: Run, world: World) -> torch.autocast:
     """Return the precision context of a run's forward pass."""
     return torch.autocast(world.device.type, torch.bfloat16, enabled=run.compute.autocast is Autocast.BF16)
-
-
-def causal_loss(network: nn.Module, ids: Tensor) -> Tensor:
-    """Return the mean of -log p(x_t | x_<t) over all positions but the first of each sequence, in nats.
-
-    Args:
-        network: maps `input_ids` to an output with `.logits`.
-        ids: int64 [batch, block].
-    """
-    logits = network(input_ids=ids, use_cache=False).logits
-    return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten())

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from lowbits.analysis import causal_loss
 from lowbits.data import TokenData
 from lowbits.nn import high_precision, set_step_
-from lowbits.train._batch import autocast, causal_loss
+from lowbits.train._batch import autocast
 from lowbits.train._run import Run
 from lowbits.train._seeds import derived_seed
 from lowbits.train._world import World
