@@ -14,7 +14,8 @@ from transformers.pytorch_utils import Conv1D
 from lowbits.errors import CheckpointError, SpecError
 from lowbits.formats import E4M3, INT4, INT8, UINT8_NO_ZERO
 from lowbits.nn import Recipe, convert_
-from lowbits.optim import AdamW, Exact, Quantized, param_groups
+from lowbits.optim import AdamW, Exact, Quantized, adamw_update, param_groups
+from lowbits.optim._optimizer import parts_of
 from lowbits.quantizers import PerBlock, PerRow, PerTensor, QuantSpec, Rounding, quantize
 from lowbits.recipes import named
 from tests.oracles.linear_quantizer import adamw
@@ -61,11 +62,12 @@ def fake_path(first: QuantSpec | None, second: QuantSpec | None, steps: int = 50
     p, m, v = torch.linspace(-1, 1, 60).view(6, 10), torch.zeros(6, 10), torch.zeros(6, 10)
     b1, b2 = HYPER["betas"]
     for t, g in enumerate(gradients(steps), 1):
-        m, v = load(m, first), load(v, second)
-        p = p * (1 - HYPER["lr"] * HYPER["weight_decay"])
-        m, v = m + (1 - b1) * (g - m), b2 * v + (1 - b2) * g * g
-        one, two = (1 - b ** torch.tensor(float(t)) for b in (b1, b2))
-        p = p - (HYPER["lr"] / one) * m / (v.sqrt() / two.sqrt() + HYPER["eps"])
+        scalars = {
+            "lr": HYPER["lr"], "beta1": b1, "rest1": 1 - b1, "beta2": b2, "rest2": 1 - b2, "eps": HYPER["eps"],
+            "decay": HYPER["weight_decay"], "c_beta1": 1 - b1**t, "c_beta2": 1 - b2**t,
+        }  # fmt: skip
+        h = {name: torch.tensor(value) for name, value in scalars.items()}
+        p, (m, v) = adamw_update(p, g, (load(m, first), load(v, second)), h)
     return p
 
 
@@ -87,7 +89,7 @@ def test_the_bytes_are_few():
     ]:  # fmt: skip
         _, optimizer = train({"first": Quantized(spec)}, steps=1, shape=shape)
         (state,) = optimizer.state.values()
-        stored = {name: t.untyped_storage().nbytes() for name, t in state["first"].items()}
+        stored = {name: t.untyped_storage().nbytes() for name, t in parts_of(state, "first").items()}
         assert stored == {"codes": code_bytes, "scale": 4 * scales}
 
 
@@ -102,7 +104,7 @@ def test_channel_scales_follow_the_output_channels_of_conv1d():
         for g in gradients(5):
             layer.weight.grad = g.t().contiguous() if layer is conv else g.clone()
             optimizer.step()
-        assert optimizer.state[layer.weight]["first"]["scale"].shape == (6, 1)
+        assert optimizer.state[layer.weight]["first.scale"].shape == (6, 1)
         results.append(layer.weight.detach().t() if layer is conv else layer.weight.detach())
     assert torch.equal(*results)
 
@@ -155,7 +157,7 @@ def test_u11_resume_is_bit_exact(name, dtype):
     steps(r, second_half, gs[5:])
     assert torch.equal(p, r)
     for moment in ("first", "second"):
-        one, other = optimizer.state[p][moment], second_half.state[r][moment]
+        one, other = parts_of(optimizer.state[p], moment), parts_of(second_half.state[r], moment)
         assert all(torch.equal(one[k], other[k]) and one[k].dtype == other[k].dtype for k in one)
 
 

@@ -34,7 +34,7 @@ def moment_errors(
         for parameter in group["params"]:
             name, state = names[id(parameter)], optimizer.state.get(parameter)
             if name in axes and state:
-                moments: dict[str, Tensor] = {m: group[m].decode(state[m], parameter.shape) for m in specs}
+                moments: dict[str, Tensor] = {m: optimizer.moment(parameter, m) for m in specs}
                 rows = {m: value if axes[name] == 0 else value.t() for m, value in moments.items()}
                 report[name] = {m: tensor_errors(value, specs[m]) for m, value in rows.items()}
     return {name: report[name] for name in names.values() if name in report}

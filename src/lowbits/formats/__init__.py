@@ -5,6 +5,7 @@ from lowbits.formats._catalog import (
     ALL,
     BF16,
     BINARY,
+    DYNAMIC4,
     DYNAMIC8,
     E2M1,
     E2M3,
@@ -27,6 +28,7 @@ from lowbits.formats._catalog import (
     UINT4,
     UINT8,
     UINT8_NO_ZERO,
+    ULINEAR4,
 )
 from lowbits.formats._format import Codebook, FloatFormat, Format, IntFormat
 from lowbits.formats._packing import pack, packed_bytes, unpack
@@ -35,6 +37,7 @@ __all__ = [
     "ALL",
     "BF16",
     "BINARY",
+    "DYNAMIC4",
     "DYNAMIC8",
     "E2M1",
     "E2M3",
@@ -57,6 +60,7 @@ __all__ = [
     "UINT4",
     "UINT8",
     "UINT8_NO_ZERO",
+    "ULINEAR4",
     "Codebook",
     "FloatFormat",
     "Format",

@@ -39,8 +39,18 @@ NF4 = Codebook(
      0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )  # fmt: skip
 
+# 4-bit optimizer states: the dynamic construction of three decades; sixteenths without 0 (Li et al. 2023,
+# arXiv:2309.01507, sec. 4.1: a second moment of 0 is a step without bound).
+DYNAMIC4 = Codebook(
+    "dynamic4",
+    (-0.8875, -0.6625, -0.4375, -0.2125, -0.0775, -0.0325, -0.0055, 0.0,
+     0.0055, 0.0325, 0.0775, 0.2125, 0.4375, 0.6625, 0.8875, 1.0),
+)  # fmt: skip
+ULINEAR4 = Codebook("ulinear4", tuple(k / 16 for k in range(1, 17)))
+
 ALL: tuple[Format, ...] = (
     INT8, INT7, INT6, INT5, INT4, INT3, INT2, UINT8, UINT4, UINT2, UINT1, UINT8_NO_ZERO, TERNARY, BINARY,
-    E4M3, E5M2, E3M2, E2M3, E2M1, E8M0, BF16, NF4, DYNAMIC8, UDYNAMIC8,
+    E4M3, E5M2, E3M2, E2M3, E2M1, E8M0, BF16, NF4, DYNAMIC8, UDYNAMIC8, DYNAMIC4,
+    ULINEAR4,
 )  # fmt: skip
 """Every named format, in the order of the tables."""

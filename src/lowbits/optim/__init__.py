@@ -1,8 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """Optimizers: pure update rules times state codecs."""
 
-from lowbits.optim._adamw import AdamW, adamw_update
+from lowbits.optim._adamw import Adam, AdamW, adam_update, adamw_update
+from lowbits.optim._blockwise import Blockwise
 from lowbits.optim._codec import Exact, Quantized, StateCodec
 from lowbits.optim._groups import param_groups
+from lowbits.optim._optimizer import CodecOptimizer, Options
+from lowbits.optim._rule import Rule
 
-__all__ = ["AdamW", "Exact", "Quantized", "StateCodec", "adamw_update", "param_groups"]
+__all__ = [
+    "Adam",
+    "AdamW",
+    "Blockwise",
+    "CodecOptimizer",
+    "Exact",
+    "Options",
+    "Quantized",
+    "Rule",
+    "StateCodec",
+    "adam_update",
+    "adamw_update",
+    "param_groups",
+]

@@ -58,6 +58,9 @@ class Exact:
         stored["value"].copy_(value)
 
 
+FLOAT32 = Exact()
+
+
 @dataclass(frozen=True)
 class Quantized:
     """Store the moment as codes and scales.

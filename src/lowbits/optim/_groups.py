@@ -8,8 +8,9 @@ from typing import Any
 from torch import nn
 
 from lowbits.nn import QuantizedConv1D, quantized_layers
+from lowbits.optim._blockwise import Blockwise
 from lowbits.optim._codec import Exact, Quantized, StateCodec
-from lowbits.quantizers import QuantSpec
+from lowbits.quantizers import PerBlock, QuantSpec, Rounding
 
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -40,4 +41,6 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 
 
 def _codec(spec: QuantSpec | None, layer: nn.Module) -> StateCodec:
+    if spec is not None and isinstance(spec.granularity, PerBlock) and spec.rounding is Rounding.NEAREST:
+        return Blockwise(spec.format, spec.granularity.size)
     return Exact() if spec is None else Quantized(spec, transposed=isinstance(layer, QuantizedConv1D))

@@ -84,6 +84,18 @@ class Noise:
         words = philox((index & _LOW, index >> 32, step & _LOW, step >> 32), self.key)
         return torch.stack(words, -1).view(-1)[offset - 4 * first :][:count].view(*shape)
 
+    def bits16(
+        self, shape: Sequence[int], step: int | Tensor, *, offset: int = 0, device: torch.device | str = "cpu"
+    ) -> Tensor:
+        """Return 16 random bits an element: `bits` cut in halves, the lower half first; a counter serves 8 elements.
+
+        Args and Returns: as `bits`; values below 2^16.
+        """
+        first, last = offset // 2, (offset + math.prod(shape) + 1) // 2
+        words = self.bits((last - first,), step, offset=first, device=device)
+        halves = torch.stack((words & 0xFFFF, words >> 16), -1).view(-1)
+        return halves[offset - 2 * first :][: math.prod(shape)].view(*shape)
+
     def uniform(
         self, shape: Sequence[int], step: int | Tensor, *, offset: int = 0, device: torch.device | str = "cpu"
     ) -> Tensor:

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Moments in 8 or 4 bits, every block of the flattened tensor with a scale of its own (arXiv:2110.02861, sec. 2.1).
+
+    N = max |x| over the block;   y = x * (1 / N);   code = nearest point of the format to y max;   x ~ point / max * N
+
+The dynamic code books are encoded in closed form, without a search: the exponent bits of y tell its decade, and within
+a decade the codes are linear in y. This form is the definition here; it is the nearest point but for quotients within
+a few units in the last place of the middle between two points, where it may take the other one.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from lowbits.errors import SpecError
+from lowbits.formats import DYNAMIC8, UDYNAMIC8, Format, pack, packed_bytes, unpack
+from lowbits.optim._codec import Stored
+from lowbits.quantizers import Noise
+
+SMALLEST_SCALE = 2.0**-126
+"""Scales of blocks that are not all zero are normal float32 numbers: below, 1 / N would overflow."""
+
+# Decade i = 0 .. 6 of a magnitude a, from its bits: ((bits >> 8) * _PER_DECADE - _FIRST_DECADE) >> 26. The decades are
+# 3.3247 octaves wide (2^26 / 616 / 2^15) and end up to one cell below each power of ten: closer is not needed.
+_PER_DECADE = 616
+_EDGE = -3.41  # log2 of where the last decade begins, as exponent + fraction of the float
+_FIRST_DECADE = round((_EDGE + 127 - 6 * 2**26 / _PER_DECADE / 2**15) * 2**15) * _PER_DECADE
+_ZERO_ENDS = 2.75e-7  # half the smallest positive point of the signed book
+
+
+def decade_slopes(signed: bool) -> tuple[float, ...]:
+    """Return codes per unit of y in each decade: n / 0.9 * 10^(6 - i), n = 2^i (signed) or 2^(i + 1) codes."""
+    first = 0 if signed else 1
+    slopes = [2.0 ** (i + first) / 0.9 * 10.0 ** (6 - i) for i in range(7)]
+    if signed:  # its one code begins half-way to zero, as the first code of every other decade half-way to the last
+        slopes[0] = (0.2 + 1 / 9) / _ZERO_ENDS
+    return tuple(slopes)
+
+
+def dynamic_codes(y: Tensor, signed: bool) -> Tensor:
+    """Return the code of the nearest point of `DYNAMIC8` or `UDYNAMIC8`.
+
+    Within a decade of n codes, j = a slope - n / 9 counts codes from the decade's start. The first fifth of the first
+    one belongs to the last code of the decade below, which is five times as wide.
+
+    Args:
+        y: float32, any shape, within [-1, 1] or [0, 1] up to rounding.
+        signed: which book.
+    Returns:
+        uint8. Only y = 0 has the unsigned code 0.
+    """
+    first = 0 if signed else 1
+    a = y.abs().clamp_min(1e-7) if signed else y.clamp_min(2e-7)
+    decade = (((a.view(torch.int32) >> 8) * _PER_DECADE - _FIRST_DECADE) >> 26).clamp(0, 6)
+    slopes = torch.tensor(decade_slopes(signed), dtype=torch.float32, device=y.device)
+    n = ((decade + (127 + first)) << 23).view(torch.float32)
+    j = a * slopes[decade] - n * (1 / 9)
+    if signed:
+        shift = torch.where((j < 0.2) | (j > 63.4), 0.75, 0.5)
+        shift = torch.where(y > 0.996484375, 0.0, shift)
+        magnitude = torch.round((j - shift) + n)
+        return (torch.copysign(magnitude, y) + 127).to(torch.uint8)
+    shift = torch.where(j < 0.2, 0.75, 0.5)
+    shift = torch.where(y > 0.9982421875, 0.0, shift)
+    return torch.where(y > 0, torch.round((j - shift) + n) - 1, 0).to(torch.uint8)
+
+
+@dataclass(frozen=True)
+class Blockwise:
+    """Store a moment in blocks of a flattened tensor.
+
+    Args:
+        format: 8- or 4-bit codes; `DYNAMIC8` for moments of both signs and `UDYNAMIC8` for others are the published
+            ones. Its largest value stands for the block's largest magnitude.
+        size: elements that share a scale, 64 to 4096 and a power of two.
+    Raises:
+        SpecError: another width or size.
+
+    >>> Blockwise(DYNAMIC8).bytes_per_element
+    1.015625
+    """
+
+    format: Format
+    size: int = 256
+
+    def __post_init__(self) -> None:
+        if self.format.bits not in (4, 8):
+            raise SpecError(f"Blockwise: codes of 8 or 4 bits, {self.format.name} has {self.format.bits}.")
+        if not 64 <= self.size <= 4096 or self.size & (self.size - 1):
+            raise SpecError(f"Blockwise: a block has a power of two of 64 to 4096 elements, got {self.size}.")
+
+    @property
+    def bytes_per_element(self) -> float:
+        """Codes and scales, for a tensor of whole blocks."""
+        return self.format.bits / 8 + 4 / self.size
+
+    @cached_property
+    def points(self) -> tuple[float, ...]:
+        """What each code stands for in a block of scale 1; float32."""
+        values = torch.tensor(self.format.code_values, dtype=torch.float32)
+        return tuple((values * (1 / self.format.max)).nan_to_num(nan=0.0).tolist())
+
+    def init(self, like: Tensor) -> Stored:
+        """See `StateCodec.init`."""
+        count, device = like.numel(), like.device
+        (zero,) = self._codes(torch.zeros(1)).tolist()
+        fill = zero if self.format.bits == 8 else zero * 17
+        codes = torch.full((packed_bytes(count, self.format.bits),), fill, dtype=torch.uint8, device=device)
+        blocks = math.ceil(count / self.size)
+        return {"codes": self._shaped(codes, like), "scale": torch.zeros(blocks, dtype=torch.float32, device=device)}
+
+    def decode(self, stored: Stored, shape: torch.Size) -> Tensor:
+        """See `StateCodec.decode`."""
+        count = shape.numel()
+        codes = stored["codes"].reshape(-1)
+        if self.format.bits == 4:
+            codes = unpack(codes, 4, count)
+        points = torch.tensor(self.points, dtype=torch.float32, device=codes.device)
+        values = points[codes.long()]
+        scale = stored["scale"].repeat_interleave(self.size)[:count]
+        return (values * scale).view(shape)
+
+    def encode_(self, stored: Stored, value: Tensor, noise: Noise, step: Tensor) -> None:
+        """See `StateCodec.encode_`."""
+        flat = value.reshape(-1)
+        count = flat.numel()
+        blocks = torch.nn.functional.pad(flat, (0, -count % self.size)).view(-1, self.size)
+        amax = blocks.abs().amax(1, keepdim=True)
+        scale = torch.where(amax > 0, amax.clamp_min(SMALLEST_SCALE), amax)
+        y = blocks * torch.where(scale > 0, 1 / scale, 0.0)
+        codes = self._codes(y).view(-1)[:count]
+        if self.format.bits == 4:
+            codes = pack(codes, 4)
+        stored["codes"].copy_(codes.view(stored["codes"].shape))
+        stored["scale"].copy_(scale.view(-1))
+
+    def _codes(self, y: Tensor) -> Tensor:
+        if self.format is DYNAMIC8 or self.format is UDYNAMIC8:
+            return dynamic_codes(y, signed=self.format is DYNAMIC8)
+        return self.format.encode(self.format.project(y * self.format.max)).to(torch.uint8)
+
+    def _shaped(self, codes: Tensor, like: Tensor) -> Tensor:
+        return codes.view(like.shape) if self.format.bits == 8 else codes
