@@ -149,13 +149,12 @@ def _names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """`h.0.weight:first.codes -> tensor`; contiguous copies where a tensor is a view."""
-    state = optimizer.state_dict()["state"]
-    tensors = {}
-    for index, name in enumerate(_names(model, optimizer)):
-        for key, value in _flat(state.get(index, {})).items():
-            assert isinstance(value, Tensor)
-            tensors[f"{name}:{key}"] = value.contiguous()
-    return tensors
+    state: dict[int, dict[str, Tensor]] = optimizer.state_dict()["state"]
+    return {
+        f"{name}:{key}": value.contiguous()
+        for index, name in enumerate(_names(model, optimizer))
+        for key, value in state.get(index, {}).items()
+    }
 
 
 def _load_optimizer_(
@@ -164,12 +163,8 @@ def _load_optimizer_(
     numbers = {name: index for index, name in enumerate(_names(model, optimizer))}
     state: dict[int, dict[str, Any]] = {}
     for key, value in tensors.items():
-        name, _, path = key.rpartition(":")
+        name, _, part = key.rpartition(":")
         if name not in numbers:
             raise CheckpointError(f"{folder} is of another architecture: it has optimizer state for {name}.")
-        *parents, leaf = path.split(".")
-        entry = state.setdefault(numbers[name], {})
-        for parent in parents:
-            entry = entry.setdefault(parent, {})
-        entry[leaf] = value
+        state.setdefault(numbers[name], {})[part] = value
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
