@@ -3,15 +3,18 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypedDict
+from typing import Any, ClassVar, TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
 from lowbits.errors import CheckpointError, SpecError
+from lowbits.optim._checks import check_betas as check_betas
+from lowbits.optim._checks import check_gradient, check_group, check_options, check_parameters
+from lowbits.optim._checks import check_not_negative as check_not_negative
+from lowbits.optim._clipping import HISTORY, Clip, Percentile, gradient_factors, new_history
 from lowbits.optim._codec import FLOAT32, StateCodec
 from lowbits.optim._rule import Rule, Scalars, power
 from lowbits.quantizers import Noise, Rounding
@@ -21,18 +24,20 @@ class Options(TypedDict, total=False):
     """Keyword arguments that every optimizer takes.
 
     Args:
-        max_grad_norm: scale all gradients down, inside the step, to this global 2-norm; a step whose norm is not
-            finite changes nothing. Default: no clipping.
+        clip: `GlobalNorm(limit)` scales all gradients down to a common norm, `Percentile()` each one to its own past;
+            both inside the step. What a norm that is not finite belongs to is left as it is: parameters, moments and
+            step counters. Without clipping NaN and infinity go into the parameters, as in torch; they are never hidden.
+            Default: None.
         rounding: of bfloat16 and float16 parameters after the float32 update; `Rounding.STOCHASTIC` (bfloat16 alone)
             trains without a master copy. Default: nearest.
-        min_8bit_size: tensors of fewer elements keep float32 moments, whatever their codec. Default 0; the 8- and
-            4-bit constructors set 4096.
+        min_8bit_size: tensors of fewer elements keep float32 moments, whatever their codec. A group may
+            override it, `math.inf` keeps all of the group in float32. Default 0; the 8- and 4-bit constructors set 4096.
         seed: of the random bits of stochastic rounding.
     """
 
-    max_grad_norm: float | None
+    clip: Clip | None
     rounding: Rounding
-    min_8bit_size: int
+    min_8bit_size: float
     seed: int
 
 
@@ -58,24 +63,42 @@ class CodecOptimizer(torch.optim.Optimizer):
     """
 
     rule: ClassVar[Rule]
+    _step_supports_amp_scaling = True  # torch.amp.GradScaler leaves the unscaling to the step
 
     def __init__(
         self,
         params: Iterable[Any],
         hyper: dict[str, Any],
         codecs: Mapping[str, StateCodec],
-        *,
-        max_grad_norm: float | None = None,
-        rounding: Rounding = Rounding.NEAREST,
-        min_8bit_size: int = 0,
-        seed: int = 0,
+        **options: Unpack[Options],
     ) -> None:
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise SpecError(f"{type(self).__name__}: max_grad_norm is positive or None, got {max_grad_norm}.")
-        self.max_grad_norm, self.rounding, self.min_8bit_size, self.seed = (
-            max_grad_norm, rounding, min_8bit_size, seed,
-        )  # fmt: skip
-        super().__init__(params, {**hyper, **codecs})
+        name = type(self).__name__
+        check_options(name, options, Options.__annotations__.keys())
+        params = params if isinstance(params, Tensor) else list(params)
+        if not isinstance(params, Tensor) and not params:
+            raise SpecError(f"{name}: no parameters. A generator is empty after its first use; pass model.parameters().")
+        self.clip, self.seed = options.get("clip"), options.get("seed", 0)
+        self.rounding = options.get("rounding", Rounding.NEAREST)
+        self._shapes: dict[Tensor, torch.Size] = {}
+        super().__init__(params, {**hyper, **codecs, "min_8bit_size": options.get("min_8bit_size", 0)})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters, with any of the constructor's arguments, codecs too, for them alone.
+
+        Raises:
+            SpecError: an argument does not exist or is out of range; a parameter is no real float, or is there already.
+        """
+        name = type(self).__name__
+        check_group(name, param_group, self.defaults)
+        params = param_group["params"]
+        params = [params] if isinstance(params, Tensor) else list(params)
+        tensors = [p[1] if isinstance(p, tuple) else p for p in params]
+        check_parameters(name, tensors, [p for group in self.param_groups for p in group["params"]])
+        super().add_param_group({**param_group, "params": params})
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy needs; torch's own version forgets all but the groups."""
+        return super().__getstate__() | {key: vars(self)[key] for key in ("clip", "seed", "rounding", "_shapes")}
 
     # --- the step ---------------------------------------------------------------------------------------------------
 
@@ -92,40 +115,53 @@ class CodecOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        targets = [
-            Target(p, group, f"{number}.{index}")
-            for number, group in enumerate(self.param_groups)
-            for index, p in enumerate(group["params"])
-            if p.grad is not None
-        ]
+        self._step_([target for target in self._targets() if target.parameter.grad is not None])
+        return loss
+
+    def _targets(self) -> Iterator[Target]:
+        for number, group in enumerate(self.param_groups):
+            for index, p in enumerate(group["params"]):
+                yield Target(p, group, f"{number}.{index}")
+
+    def _step_(self, targets: Sequence[Target]) -> None:
+        """Update parameters that have gradients."""
+        targets = [target for target in targets if target.parameter.numel()]
+        if not targets:
+            return
         for target in targets:
             self._prepare_(target)
-        factor = self._gradient_factor(targets)
-        if factor is None or math.isfinite(float(factor)):
+        factors = self._gradient_factors(targets)
+        if factors is None:
             for target in targets:
-                self._update_(target, factor)
-        return loss
+                self._update_(target, None)
+            return
+        finite = factors.isfinite().expand(len(targets)).tolist()
+        for target, factor, ok in zip(targets, factors.expand(len(targets)), finite, strict=True):
+            if ok:
+                self._update_(target, factor.to(target.parameter.device))
 
     def _prepare_(self, target: Target) -> None:
         """Check the gradient and make the state of a parameter that has none."""
         p = target.parameter
-        check_gradient(type(self).__name__, target.name, p)
+        check_gradient(type(self).__name__, target.name, p, self._shapes.setdefault(p, p.shape))
         state = self.state[p]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
             for moment, codec in self._codecs(p, target.group).items():
                 state.update({f"{moment}.{part}": tensor for part, tensor in codec.init(p).items()})
+        if isinstance(self.clip, Percentile) and HISTORY not in state:
+            state[HISTORY] = new_history(self.clip, p.device)
 
     def _codecs(self, p: Tensor, group: Mapping[str, Any]) -> dict[str, StateCodec]:
-        small = p.numel() < self.min_8bit_size
-        return {moment: FLOAT32 if small else group[moment] for moment in self.rule.moments}
+        small = p.numel() < group["min_8bit_size"]
+        return {moment: FLOAT32 if small else group[moment] for moment in self.rule_of(group).moments}
 
-    def _gradient_factor(self, targets: list[Target]) -> Tensor | None:
-        """What every gradient is multiplied by before the update; not finite where the step must not happen."""
-        if self.max_grad_norm is None:
-            return None
-        norm = sum((t.parameter.grad.double().square().sum() for t in targets), torch.zeros((), dtype=torch.float64))  # type: ignore[union-attr]
-        return (self.max_grad_norm / norm.sqrt().clamp_min(self.max_grad_norm)).float()
+    def _gradient_factors(self, targets: Sequence[Target]) -> Tensor | None:
+        """Return `gradient_factors`; torch.amp.GradScaler leaves `grad_scale` and `found_inf` here for the step."""
+        gradients = [t.parameter.grad for t in targets if t.parameter.grad is not None]
+        states = [self.state[t.parameter] for t in targets]
+        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        return gradient_factors(self.clip, gradients, states, scale, found_inf)
 
     def _update_(self, target: Target, factor: Tensor | None) -> None:
         p, group = target.parameter, target.group
@@ -134,16 +170,26 @@ class CodecOptimizer(torch.optim.Optimizer):
         g = p.grad.float() if factor is None else p.grad.float() * factor  # type: ignore[union-attr]
         stored = {moment: parts_of(state, moment) for moment in codecs}
         moments = tuple(codec.decode(stored[moment], p.shape) for moment, codec in codecs.items())
-        new, moments = self.rule.update(p.float(), g, moments, self._scalars(group, state["step"]))
+        new, moments = self._new(target, p.float(), g, moments, self._scalars(group, state["step"]))
         step = state["step"].to(torch.int64)
         self._write_(p, new, Noise.of(self.seed, target.name, "weight"), step)
         for (moment, codec), value in zip(codecs.items(), moments, strict=True):
             codec.encode_(stored[moment], value, Noise.of(self.seed, target.name, moment), step)
 
+    def rule_of(self, group: Mapping[str, Any]) -> Rule:
+        """Return the rule that a group's parameters follow; one that has no moments stores none."""
+        return self.rule
+
+    def _new(
+        self, target: Target, p: Tensor, g: Tensor, moments: tuple[Tensor, ...], h: Scalars
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return what the update makes of a tensor; rules that look at whole tensors override this (`_tensorwise`)."""
+        return self.rule_of(target.group).update(p, g, moments, h)
+
     def _scalars(self, group: dict[str, Any], step: Tensor) -> Scalars:
-        t = int(step)
-        constants = {"lr": float(group["lr"])} | self.rule.constants(group, t)
-        constants |= {f"c_{name}": 1 - power(constants[name], t) for name in self.rule.corrections}
+        t, rule = int(step), self.rule_of(group)
+        constants = {"lr": float(group["lr"])} | rule.constants(group, t)
+        constants |= {f"c_{name}": 1 - power(constants[name], t) for name in rule.corrections}
         return {k: torch.tensor(v, dtype=torch.float32, device=step.device) for k, v in constants.items()}
 
     def _write_(self, p: Tensor, new: Tensor, noise: Noise, step: Tensor) -> None:
@@ -171,8 +217,8 @@ class CodecOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return torch's layout with plain data only: codecs are left out, they are not state."""
         packed = super().state_dict()
-        moments = self.rule.moments
-        packed["param_groups"] = [{k: v for k, v in g.items() if k not in moments} for g in packed["param_groups"]]
+        storage = self._storage()
+        packed["param_groups"] = [{k: v for k, v in g.items() if k not in storage} for g in packed["param_groups"]]
         return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -188,13 +234,17 @@ class CodecOptimizer(torch.optim.Optimizer):
             if index >= len(params):
                 raise CheckpointError(f"optimizer: state for parameter {index}, but there are {len(params)}.")
             self._check_state(index, state, *params[index])
-        kept = [{moment: group[moment] for moment in self.rule.moments} for group in self.param_groups]
+        kept = [{key: group[key] for key in self._storage()} for group in self.param_groups]
         super().load_state_dict({**state_dict, "state": {}})
         for group, codecs in zip(self.param_groups, kept, strict=True):
             group.update(codecs)
         for index, state in state_dict["state"].items():
             p, _ = params[index]
             self.state[p] = {name: tensor.to(p.device, copy=True) for name, tensor in state.items()}
+
+    def _storage(self) -> list[str]:
+        """Return the keys of a group that say how state is stored: of this optimizer, not of a checkpoint."""
+        return ["min_8bit_size", *(key for key, value in self.defaults.items() if hasattr(value, "encode_"))]
 
     def _check_state(self, index: int, state: dict[str, Tensor], p: Tensor, group: dict[str, Any]) -> None:
         for moment, codec in self._codecs(p, group).items():
@@ -205,37 +255,14 @@ class CodecOptimizer(torch.optim.Optimizer):
                     f"optimizer: the {moment} moment of parameter {index} {tuple(p.shape)} is stored as {got}, "
                     f"{codec} stores {want}. Resume with the recipe that the checkpoint was written with."
                 )
+        if isinstance(self.clip, Percentile) and HISTORY in state and state[HISTORY].shape != (self.clip.history,):
+            raise CheckpointError(
+                f"optimizer: {state[HISTORY].numel()} gradient norms are stored for parameter {index}, {self.clip} keeps "
+                f"{self.clip.history}. Resume with the history that the checkpoint was written with."
+            )
 
 
 def parts_of(state: Mapping[str, Tensor], moment: str) -> dict[str, Tensor]:
     """Return the tensors of one moment under their names in the codec."""
     prefix = moment + "."
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-
-
-def check_gradient(optimizer: str, name: str, p: Tensor) -> None:
-    """Raise where a gradient is of a kind that no rule can use.
-
-    Raises:
-        SpecError: it is sparse or complex, or the parameter changed its shape.
-    """
-    g = p.grad
-    assert g is not None
-    if g.layout != torch.strided or not g.dtype.is_floating_point or not p.dtype.is_floating_point:
-        raise SpecError(
-            f"{optimizer}: parameter {name}, {p.dtype}, has a {g.layout} gradient of {g.dtype}; dense real floats are "
-            "needed. For nn.Embedding pass sparse=False."
-        )
-
-
-def check_not_negative(optimizer: str, **values: float | Tensor) -> None:
-    """Raise SpecError for the first hyper-parameter below 0 or NaN."""
-    for name, value in values.items():
-        if not isinstance(value, Tensor) and not value >= 0:
-            raise SpecError(f"{optimizer}: {name} is at least 0, got {value}.")
-
-
-def check_betas(optimizer: str, betas: tuple[float, ...]) -> None:
-    """Raise SpecError unless every decay rate is in [0, 1)."""
-    if not all(0 <= beta < 1 for beta in betas):
-        raise SpecError(f"{optimizer}: betas are in [0, 1), got {betas}.")
