@@ -3,6 +3,7 @@
 
 from lowbits.optim._adamw import Adam, AdamW, adam_update, adamw_update
 from lowbits.optim._blockwise import Blockwise
+from lowbits.optim._clipping import Clip, GlobalNorm, Percentile
 from lowbits.optim._codec import Exact, Quantized, StateCodec
 from lowbits.optim._groups import param_groups
 from lowbits.optim._optimizer import CodecOptimizer, Options
@@ -12,9 +13,12 @@ __all__ = [
     "Adam",
     "AdamW",
     "Blockwise",
+    "Clip",
     "CodecOptimizer",
     "Exact",
+    "GlobalNorm",
     "Options",
+    "Percentile",
     "Quantized",
     "Rule",
     "StateCodec",

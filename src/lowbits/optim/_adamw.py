@@ -8,8 +8,9 @@ from typing import Any, Unpack
 
 from torch import Tensor
 
+from lowbits.optim._checks import check_betas, check_not_negative
 from lowbits.optim._codec import FLOAT32, StateCodec
-from lowbits.optim._optimizer import CodecOptimizer, Options, check_betas, check_not_negative
+from lowbits.optim._optimizer import CodecOptimizer, Options
 from lowbits.optim._rule import Rule, Scalars
 
 

@@ -31,7 +31,7 @@ class Options(TypedDict, total=False):
         rounding: of bfloat16 and float16 parameters after the float32 update; `Rounding.STOCHASTIC` (bfloat16 alone)
             trains without a master copy. Default: nearest.
         min_8bit_size: tensors of fewer elements keep float32 moments, whatever their codec. A group may
-            override it, `math.inf` keeps all of the group in float32. Default 0; the 8- and 4-bit constructors set 4096.
+            override it, `math.inf` keeps all of it in float32. Default 0; the 8- and 4-bit constructors set 4096.
         seed: of the random bits of stochastic rounding.
     """
 
@@ -75,8 +75,10 @@ class CodecOptimizer(torch.optim.Optimizer):
         name = type(self).__name__
         check_options(name, options, Options.__annotations__.keys())
         params = params if isinstance(params, Tensor) else list(params)
-        if not isinstance(params, Tensor) and not params:
-            raise SpecError(f"{name}: no parameters. A generator is empty after its first use; pass model.parameters().")
+        if isinstance(params, list) and not params:
+            raise SpecError(
+                f"{name}: no parameters; a generator is empty after its first use. Pass model.parameters()."
+            )
         self.clip, self.seed = options.get("clip"), options.get("seed", 0)
         self.rounding = options.get("rounding", Rounding.NEAREST)
         self._shapes: dict[Tensor, torch.Size] = {}
@@ -91,9 +93,10 @@ class CodecOptimizer(torch.optim.Optimizer):
         name = type(self).__name__
         check_group(name, param_group, self.defaults)
         params = param_group["params"]
-        params = [params] if isinstance(params, Tensor) else list(params)
-        tensors = [p[1] if isinstance(p, tuple) else p for p in params]
-        check_parameters(name, tensors, [p for group in self.param_groups for p in group["params"]])
+        if not isinstance(params, set):  # which torch refuses
+            params = [params] if isinstance(params, Tensor) else list(params)
+            tensors = [p[1] if isinstance(p, tuple) else p for p in params]
+            check_parameters(name, tensors, [p for group in self.param_groups for p in group["params"]])
         super().add_param_group({**param_group, "params": params})
 
     def __getstate__(self) -> dict[str, Any]:
@@ -257,8 +260,8 @@ class CodecOptimizer(torch.optim.Optimizer):
                 )
         if isinstance(self.clip, Percentile) and HISTORY in state and state[HISTORY].shape != (self.clip.history,):
             raise CheckpointError(
-                f"optimizer: {state[HISTORY].numel()} gradient norms are stored for parameter {index}, {self.clip} keeps "
-                f"{self.clip.history}. Resume with the history that the checkpoint was written with."
+                f"optimizer: {state[HISTORY].numel()} gradient norms are stored for parameter {index}, {self.clip} "
+                f"keeps {self.clip.history}. Resume with the history that the checkpoint was written with."
             )
 
 
