@@ -20,6 +20,7 @@ from lowbits.formats import (
     E2M3,
     E3M2,
     E4M3,
+    E4M3_NO_UNDERFLOW,
     E5M2,
     E8M0,
     INT4,
@@ -110,7 +111,7 @@ def test_projection_is_on_the_grid_and_nearest(fmt, x):
     q, grid = fmt.project(f32(x)).item(), fmt.values().tolist()
     target = min(max(x, fmt.min), fmt.max)
     assert q in grid
-    if isinstance(fmt, Codebook) and fmt.only_zero_is_zero and x > 0:
+    if getattr(fmt, "only_zero_is_zero", False) and target != 0:
         grid.remove(0.0)
     if len(grid) < 1000:
         assert q in [float(g) for g in nearest(target, grid)]
@@ -124,7 +125,9 @@ def test_stochastic_rounding_takes_a_neighbour_by_its_share(fmt, x, u):
     upper = min(g for g in grid if g >= target)
     got = fmt.project(f32(x), f32(u)).item()
     assert got in (lower, upper)
-    if lower < upper and isinstance(fmt, IntFormat | FloatFormat):
+    if target != 0 and 0 in (lower, upper) and getattr(fmt, "only_zero_is_zero", False):
+        assert got != 0
+    elif lower < upper and isinstance(fmt, IntFormat | FloatFormat):
         # On magnitudes for floats: away from zero with the share's probability.
         if isinstance(fmt, FloatFormat) and target < 0:
             lower, upper = upper, lower
@@ -149,6 +152,12 @@ def test_nan_is_never_hidden_and_infinity_saturates():
         assert fmt.project(f32(math.nan)).isnan().all(), fmt.name
         assert fmt.project(f32(math.inf)).item() == fmt.max
         assert math.isnan(fmt.decode(fmt.encode(f32(math.nan))).item()) == fmt.has_nan
+
+
+def test_no_underflow_rounds_to_zero_nothing_but_zero():
+    x = f32(0.0, 1e-30, -1e-30, 2**-9, 0.3, 500.0)
+    assert E4M3_NO_UNDERFLOW.project(x).tolist() == [0.0, 2**-9, -(2**-9), *E4M3.project(x[3:]).tolist()]
+    assert E4M3_NO_UNDERFLOW.code_values[:127] == E4M3.code_values[:127]
 
 
 def test_integer_grids():

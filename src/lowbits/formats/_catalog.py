@@ -24,6 +24,8 @@ BINARY = Codebook("binary", (-1.0, 1.0))
 
 # OCP 8-bit Floating Point Specification 1.0, tables 1 and 2; OCP Microscaling Formats 1.0, tables 1 to 7.
 E4M3 = FloatFormat("e4m3", 4, 3, bias=7, top_codes_lost=1)
+# For second moments, where a 0 under a square root in a denominator is a step without bound.
+E4M3_NO_UNDERFLOW = FloatFormat("e4m3_no_underflow", 4, 3, bias=7, top_codes_lost=1, only_zero_is_zero=True)
 E5M2 = FloatFormat("e5m2", 5, 2, bias=15, top_codes_lost=4)
 E3M2 = FloatFormat("e3m2", 3, 2, bias=3)
 E2M3 = FloatFormat("e2m3", 2, 3, bias=1)
@@ -50,7 +52,7 @@ ULINEAR4 = Codebook("ulinear4", tuple(k / 16 for k in range(1, 17)))
 
 ALL: tuple[Format, ...] = (
     INT8, INT7, INT6, INT5, INT4, INT3, INT2, UINT8, UINT4, UINT2, UINT1, UINT8_NO_ZERO, TERNARY, BINARY,
-    E4M3, E5M2, E3M2, E2M3, E2M1, E8M0, BF16, NF4, DYNAMIC8, UDYNAMIC8, DYNAMIC4,
+    E4M3, E4M3_NO_UNDERFLOW, E5M2, E3M2, E2M3, E2M1, E8M0, BF16, NF4, DYNAMIC8, UDYNAMIC8, DYNAMIC4,
     ULINEAR4,
 )  # fmt: skip
 """Every named format, in the order of the tables."""

@@ -189,6 +189,7 @@ class FloatFormat(Format):
             last one is NaN), 2^m (IEEE: infinity, then NaN).
         signed: has a sign bit.
         subnormals: e = 0 means a subnormal; False makes it an ordinary exponent (E8M0, which has no zero).
+        only_zero_is_zero: a number other than 0 is never rounded to 0 but to the smallest of its sign.
     Raises:
         FormatError: the parts do not make a format of 1 to 16 bits.
     """
@@ -200,6 +201,7 @@ class FloatFormat(Format):
     top_codes_lost: int = 0
     signed: bool = True
     subnormals: bool = True
+    only_zero_is_zero: bool = False
 
     def __post_init__(self) -> None:
         if self.exponent_bits < 1 or self.mantissa_bits < 0 or not 1 <= self.bits <= 16 or self.exponent_bits > 8:
@@ -265,6 +267,8 @@ class FloatFormat(Format):
         is_subnormal = magnitude < 2.0**self.min_normal_exponent
         step = 2.0 ** (self.min_normal_exponent - self.mantissa_bits)
         rounded = torch.where(is_subnormal, subnormal * step, normal.view(wide)).to(torch.float32)
+        if self.only_zero_is_zero:
+            rounded = torch.where(magnitude > 0, rounded.clamp_min(self.smallest), rounded)
         return torch.where(x.isnan(), x, torch.copysign(rounded, x) if self.signed else rounded)
 
     def encode(self, values: Tensor) -> Tensor:
