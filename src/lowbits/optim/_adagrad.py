@@ -11,7 +11,7 @@ from torch import Tensor
 from lowbits.optim._checks import check_not_negative
 from lowbits.optim._codec import FLOAT32, StateCodec
 from lowbits.optim._optimizer import CodecOptimizer, Options
-from lowbits.optim._rule import Rule, Scalars
+from lowbits.optim._rule import Rule, Scalars, root
 
 
 def adagrad_update(p: Tensor, g: Tensor, moments: tuple[Tensor, ...], h: Scalars) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -29,7 +29,7 @@ def adagrad_update(p: Tensor, g: Tensor, moments: tuple[Tensor, ...], h: Scalars
     """
     g = g + h["decay"] * p
     v = (moments[0] + h["start"]) + g * g
-    return p - (h["lr"] / h["slowing"]) * (g / (v.sqrt() + h["eps"])), (v,)
+    return p - (h["lr"] / h["slowing"]) * (g / (root(v) + h["eps"])), (v,)
 
 
 def _constants(group: Mapping[str, Any], t: int) -> dict[str, float]:

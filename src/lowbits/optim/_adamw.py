@@ -11,7 +11,7 @@ from torch import Tensor
 from lowbits.optim._checks import check_betas, check_not_negative
 from lowbits.optim._codec import FLOAT32, StateCodec
 from lowbits.optim._optimizer import CodecOptimizer, Options
-from lowbits.optim._rule import Rule, Scalars
+from lowbits.optim._rule import Rule, Scalars, root
 
 
 def adamw_update(p: Tensor, g: Tensor, moments: tuple[Tensor, ...], h: Scalars) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -43,7 +43,7 @@ def _adam_step(p: Tensor, g: Tensor, moments: tuple[Tensor, ...], h: Scalars) ->
     m, v = moments
     m = m + h["rest1"] * (g - m)
     v = h["beta2"] * v + (h["rest2"] * g) * g
-    denominator = v.sqrt() * (1 / h["c_beta2"].sqrt()) + h["eps"]
+    denominator = root(v) * (1 / root(h["c_beta2"])) + h["eps"]
     return p - (h["lr"] / h["c_beta1"]) * (m / denominator), (m, v)
 
 

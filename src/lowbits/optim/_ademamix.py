@@ -13,7 +13,7 @@ from lowbits.errors import SpecError
 from lowbits.optim._checks import check_betas, check_not_negative
 from lowbits.optim._codec import FLOAT32, StateCodec
 from lowbits.optim._optimizer import CodecOptimizer, Options
-from lowbits.optim._rule import Rule, Scalars
+from lowbits.optim._rule import Rule, Scalars, root
 
 
 def ademamix_update(p: Tensor, g: Tensor, moments: tuple[Tensor, ...], h: Scalars) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -35,7 +35,7 @@ def ademamix_update(p: Tensor, g: Tensor, moments: tuple[Tensor, ...], h: Scalar
     m = m + h["rest1"] * (g - m)
     slow = slow + h["rest3"] * (g - slow)
     v = h["beta2"] * v + (h["rest2"] * g) * g
-    denominator = v.sqrt() * (1 / h["c_beta2"].sqrt()) + h["eps"]
+    denominator = root(v) * (1 / root(h["c_beta2"])) + h["eps"]
     mixed = m * (1 / h["c_beta1"]) + h["alpha"] * slow
     return p * (1 - h["lr"] * h["decay"]) - h["lr"] * (mixed / denominator), (m, slow, v)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from lowbits.optim._checks import check_betas, check_not_negative
 from lowbits.optim._codec import FLOAT32, StateCodec
 from lowbits.optim._optimizer import CodecOptimizer, Options, Target
-from lowbits.optim._rule import Rule, Scalars
+from lowbits.optim._rule import Rule, Scalars, root
 from lowbits.optim._tensorwise import Rms, rms, rms_like, trust_ratio
 
 
@@ -37,7 +37,7 @@ def lamb_update(
     m, v = moments
     m = m + h["rest1"] * (g - m)
     v = h["beta2"] * v + (h["rest2"] * g) * g
-    denominator = v.sqrt() * (1 / h["c_beta2"].sqrt()) + h["eps"]
+    denominator = root(v) * (1 / root(h["c_beta2"])) + h["eps"]
     u = (m / denominator) * (1 / h["c_beta1"]) + h["decay"] * p
     return p - (h["lr"] * trust_ratio(rms(p), rms(u))) * u, (m, v)
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 Scalars = Mapping[str, Tensor]
@@ -38,6 +39,15 @@ class Rule:
     update: Update
     constants: Callable[[Mapping[str, Any], int], dict[str, float]]
     corrections: tuple[str, ...] = field(default=())
+
+
+def root(x: Tensor) -> Tensor:
+    """Return the correctly rounded square root of a float32 tensor.
+
+    torch's own float32 root on a CPU may be a unit off (MKL's vector library); a float64 root, rounded, is the right
+    one. In compiled code the float32 root is the processor's, which is right.
+    """
+    return x.sqrt() if torch.compiler.is_compiling() else x.double().sqrt().float()
 
 
 def power(base: float, exponent: int) -> float:
