@@ -26,7 +26,7 @@ from lowbits.analysis._stored import stored_bytes
 from lowbits.analysis._tape import Kind, Tape, Value
 from lowbits.errors import SpecError
 from lowbits.nn import quantized_layers
-from lowbits.optim import param_groups
+from lowbits.optim import Exact, param_groups
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -89,7 +89,7 @@ def predict_memory(
     _ARCHITECTURES[model.config.model_type](tape, model.config)
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = sum(
-        4 + _meta_bytes(group["first"].init, p) + _meta_bytes(group["second"].init, p)
+        4 + sum(_meta_bytes(group.get(moment, Exact()).init, p) for moment in ("first", "second"))
         for group in param_groups(model, 0.0)
         for p in group["params"]
     )

@@ -5,7 +5,7 @@ from lowbits.optim._adamw import Adam, AdamW, adam_update, adamw_update
 from lowbits.optim._blockwise import Blockwise
 from lowbits.optim._clipping import Clip, GlobalNorm, Percentile
 from lowbits.optim._codec import Exact, Quantized, StateCodec
-from lowbits.optim._groups import param_groups
+from lowbits.optim._groups import embeddings_in_32_bits, param_groups
 from lowbits.optim._optimizer import CodecOptimizer, Options
 from lowbits.optim._rule import Rule
 
@@ -24,5 +24,6 @@ __all__ = [
     "StateCodec",
     "adam_update",
     "adamw_update",
+    "embeddings_in_32_bits",
     "param_groups",
 ]
