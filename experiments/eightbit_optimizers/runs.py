@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the experiments share: runs that are not repeated, claims, and results files."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from lowbits.analysis import device_name, provenance
+
+SEEDS = (0, 1, 2)
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+Result = dict[str, float]
+Runs = dict[str, list[Result]]
+
+
+@dataclass(frozen=True)
+class Check:
+    """What should hold, what was measured, and whether it holds."""
+
+    id: str
+    statement: str
+    measured: str
+    holds: bool
+
+
+def each(out: Path, names: Sequence[str], run: Callable[[str, int], Result], seeds: Sequence[int] = SEEDS) -> Runs:
+    """Carry out every run that has no file in `out` yet; all arms of a seed before any of the next."""
+    out.mkdir(parents=True, exist_ok=True)
+    found: Runs = {name: [] for name in names}
+    for seed in seeds:
+        for name in names:
+            path = out / f"{name.replace(' ', '_')}-{seed}.json"
+            if not path.exists():
+                begun = time.perf_counter()
+                result = run(name, seed) | {"seconds": round(time.perf_counter() - begun, 1)}
+                path.write_text(json.dumps(result) + "\n", encoding="utf-8")
+                print(f"{name} seed {seed}: {result}", flush=True)
+            found[name].append(json.loads(path.read_text(encoding="utf-8")))
+    return found
+
+
+def column(runs: Runs, name: str, key: str) -> list[float]:
+    """Return one number of an arm, by seed; NaN where the run left the range of numbers."""
+    return [float(result[key]) for result in runs[name]]
+
+
+def gaps(runs: Runs, name: str, baseline: str, key: str) -> list[float]:
+    """Return an arm minus the baseline, seed by seed: both began at the same weights and read the same data."""
+    return [a - b for a, b in zip(column(runs, name, key), column(runs, baseline, key), strict=True)]
+
+
+def mean_gap(runs: Runs, name: str, baseline: str, key: str) -> float:
+    """Return the mean of `gaps`; a run that diverged counts as infinitely bad."""
+    return statistics.fmean(math.inf if math.isnan(gap) else gap for gap in gaps(runs, name, baseline, key))
+
+
+def told(runs: Runs, name: str, baseline: str, key: str) -> str:
+    """Return an arm's gaps in words."""
+    return f"{name} {' '.join(f'{gap:+.4f}' for gap in gaps(runs, name, baseline, key))}"
+
+
+def write(name: str, content: dict[str, object], checks: Sequence[Check], device: torch.device) -> Path:
+    """Write benchmarks/results/<device>/eightbit_<name>.json and print the claims."""
+    path = RESULTS / device_name(device) / f"eightbit_{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole = {"provenance": provenance(device), **content, "checks": [asdict(check) for check in checks]}
+    path.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+    for check in checks:
+        print(f"{'holds ' if check.holds else 'FAILS '} {check.id:4} {check.statement}: {check.measured}")
+    print(f"wrote {path}")
+    return path
