@@ -21,7 +21,7 @@ from lowbits.formats import DYNAMIC4, DYNAMIC8, E4M3, INT8, UDYNAMIC8, UINT8, UL
 from lowbits.optim import AdamW, Blockwise, Exact, Quantized, StateCodec
 from lowbits.quantizers import PerTensor, QuantSpec, Rounding
 
-STEPS, WARMUP, BATCH, LENGTH, LR, BETAS = 600, 100, 8, 64, 1e-3, (0.9, 0.95)
+STEPS, WARMUP, BATCH, LENGTH, LR, BETAS = 400, 80, 8, 64, 1e-3, (0.9, 0.95)
 SHAPE = {"n_layer": 3, "n_embd": 96, "n_head": 4, "n_positions": LENGTH}
 FIXED = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "activation_function": "gelu_pytorch_tanh"}
 MIN_8BIT_SIZE, VAL_BATCHES, STATE_LIMIT = 4096, 40, 2.04
