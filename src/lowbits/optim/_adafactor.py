@@ -14,20 +14,23 @@ from lowbits.optim._checks import check_betas, check_not_negative
 from lowbits.optim._codec import FLOAT32, StateCodec
 from lowbits.optim._factored import Factored
 from lowbits.optim._optimizer import CodecOptimizer, Options, Target
-from lowbits.optim._rule import Rule, Scalars
-from lowbits.optim._tensorwise import Rms, rms, rms_like
+from lowbits.optim._rule import Rule, Scalars, root
+from lowbits.optim._tensorwise import Whole
 
 Moments = tuple[Tensor, ...]
 _SMALLEST = 2.0**-126  # a normal number: 0 / sqrt(it) is 0
 
 
-def adafactor_update(p: Tensor, g: Tensor, moments: Moments, h: Scalars, rms: Rms = rms) -> tuple[Tensor, Moments]:
+def adafactor_update(
+    p: Tensor, g: Tensor, moments: Moments, h: Scalars, whole: Whole | None = None
+) -> tuple[Tensor, Moments]:
     """One step of Adafactor (Shazeer and Stern 2018, arXiv:1804.04235, algorithms 4 and 5), in float32.
 
-        v <- v + t^decay (g^2 - v);   u = g / sqrt(max(v, eps1^2));   u <- u / max(1, rms(u) / d)
+        v <- v + t^decay (g^2 - v);   v_ij <- R_i C_j / mean(C), for matrices with row means R and column means C
+        u = g / sqrt(max(v, eps1^2));   u <- u / max(1, rms(u) / d)
         p <- p (1 - lr wd) - max(eps2, rms(p)) min(lr, 1 / sqrt(t)) u
 
-    With a first moment, m <- m + (1 - b1)(u - m) takes the place of u in the second line.
+    With a first moment, m <- m + (1 - b1)(u - m) takes the place of u in the last line.
 
     Args:
         p: the whole parameter, or a shard of it.
@@ -35,18 +38,21 @@ def adafactor_update(p: Tensor, g: Tensor, moments: Moments, h: Scalars, rms: Rm
         moments: (v,) or (m, v), same shape, v >= 0.
         h: `lr`, `rest1` = 1 - b1, `rest2` = t^decay, `floor` = eps1^2, `smallest` = eps2, `bound` = 1 / sqrt(t),
             `clip` = d, `decay` = wd.
-        rms: root mean square of the whole tensor.
+        whole: what p is a shard of; None: all of it.
     Returns:
         New p and moments.
     """
     *first, v = moments
+    whole = whole or Whole.of(p)
     v = v + h["rest2"] * (g * g - v)
-    u = g / torch.maximum(v, h["floor"]).sqrt()
-    u = u * (1 / (rms(u) / h["clip"]).clamp_min(1.0))
+    if len(whole.shape) > 1:
+        v = whole.rank_one(v)
+    u = g / root(torch.maximum(v, h["floor"]))
+    u = u * (1 / (whole.rms(u) / h["clip"]).clamp_min(1.0))
     if first:
         first = [first[0] + h["rest1"] * (u - first[0])]
         (u,) = first
-    rate = torch.maximum(h["smallest"], rms(p)) * torch.minimum(h["lr"], h["bound"])
+    rate = torch.maximum(h["smallest"], whole.rms(p)) * torch.minimum(h["lr"], h["bound"])
     return p * (1 - h["lr"] * h["decay"]) - rate * u, (*first, v)
 
 
@@ -114,4 +120,4 @@ class Adafactor(CodecOptimizer):
         return WITH_MOMENTUM if group["beta1"] else WITHOUT_MOMENTUM
 
     def _new(self, target: Target, p: Tensor, g: Tensor, moments: Moments, h: Scalars) -> tuple[Tensor, Moments]:
-        return adafactor_update(p, g, moments, h, rms_like(target.parameter))
+        return adafactor_update(p, g, moments, h, Whole.of(target.parameter))

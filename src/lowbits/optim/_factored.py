@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Store a second moment as the means of its rows and columns: Adafactor's idea, as a codec for any rule."""
+"""Store a second moment as the means of its rows and columns: what Adafactor needs, and a codec for any rule."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lowbits.optim._codec import FLOAT32, StateCodec, Stored
+from lowbits.optim._tensorwise import outer
 from lowbits.quantizers import Noise
 
 
@@ -16,11 +17,11 @@ from lowbits.quantizers import Noise
 class Factored:
     """Store a matrix without negative elements in rank one (Shazeer and Stern 2018, arXiv:1804.04235, sec. 3).
 
-        R_i = mean_j v_ij;   C_j = mean_i v_ij;   v_ij ~ R_i C_j / mean(R)
+        R_i = mean_j v_ij;   C_j = mean_i v_ij;   v_ij ~ R_i C_j / mean(C)
 
     Means are linear, and those of what is decoded are R and C again: a moving average of v is stored as the moving
-    averages of R and C, which is the published algorithm. Tensors of more dimensions are stacks of matrices, the last
-    two; those of fewer are stored by another codec.
+    averages of R and C, as published. Tensors of more dimensions are stacks of matrices, the last two; those of fewer
+    are stored by another codec.
 
     Args:
         otherwise: of tensors that are no matrices.
@@ -44,10 +45,7 @@ class Factored:
         """See `StateCodec.decode`."""
         if len(shape) < 2:
             return self.otherwise.decode(stored, shape)
-        row, column = stored["row"], stored["column"]
-        mean = row.mean(-1, keepdim=True)
-        share = torch.where(mean > 0, row / mean, mean)  # 0, or NaN, where the mean is
-        return share.unsqueeze(-1) * column.unsqueeze(-2)
+        return outer(stored["row"].unsqueeze(-1), stored["column"].unsqueeze(-2))
 
     def encode_(self, stored: Stored, value: Tensor, noise: Noise, step: Tensor) -> None:
         """See `StateCodec.encode_`."""

@@ -12,11 +12,11 @@ from lowbits.optim._checks import check_betas, check_not_negative
 from lowbits.optim._codec import FLOAT32, StateCodec
 from lowbits.optim._optimizer import CodecOptimizer, Options, Target
 from lowbits.optim._rule import Rule, Scalars, root
-from lowbits.optim._tensorwise import Rms, rms, rms_like, trust_ratio
+from lowbits.optim._tensorwise import Whole, trust_ratio
 
 
 def lamb_update(
-    p: Tensor, g: Tensor, moments: tuple[Tensor, ...], h: Scalars, rms: Rms = rms
+    p: Tensor, g: Tensor, moments: tuple[Tensor, ...], h: Scalars, whole: Whole | None = None
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """One step of LAMB (You et al. 2020, arXiv:1904.00962, algorithm 2, phi(x) = x), in float32.
 
@@ -30,7 +30,7 @@ def lamb_update(
         g: its gradient, same shape.
         moments: (m, v), same shape, v >= 0.
         h: `lr`, `beta1`, `rest1` = 1 - b1, `beta2`, `rest2`, `eps`, `decay` = wd, `c_beta1`, `c_beta2`.
-        rms: root mean square of the whole tensor.
+        whole: what p is a shard of; None: all of it.
     Returns:
         New p and (m, v).
     """
@@ -39,6 +39,7 @@ def lamb_update(
     v = h["beta2"] * v + (h["rest2"] * g) * g
     denominator = root(v) * (1 / root(h["c_beta2"])) + h["eps"]
     u = (m / denominator) * (1 / h["c_beta1"]) + h["decay"] * p
+    rms = (whole or Whole.of(p)).rms
     return p - (h["lr"] * trust_ratio(rms(p), rms(u))) * u, (m, v)
 
 
@@ -88,4 +89,4 @@ class LAMB(CodecOptimizer):
     def _new(
         self, target: Target, p: Tensor, g: Tensor, moments: tuple[Tensor, ...], h: Scalars
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        return lamb_update(p, g, moments, h, rms_like(target.parameter))
+        return lamb_update(p, g, moments, h, Whole.of(target.parameter))

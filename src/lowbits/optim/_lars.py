@@ -12,11 +12,11 @@ from lowbits.optim._checks import check_betas, check_not_negative
 from lowbits.optim._codec import FLOAT32, StateCodec
 from lowbits.optim._optimizer import CodecOptimizer, Options, Target
 from lowbits.optim._rule import Rule, Scalars
-from lowbits.optim._tensorwise import Rms, rms, rms_like, trust_ratio
+from lowbits.optim._tensorwise import Whole, trust_ratio
 
 
 def lars_update(
-    p: Tensor, g: Tensor, moments: tuple[Tensor, ...], h: Scalars, rms: Rms = rms
+    p: Tensor, g: Tensor, moments: tuple[Tensor, ...], h: Scalars, whole: Whole | None = None
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """One step of LARS (You et al. 2017, arXiv:1708.03888, eq. 6 and algorithm 1), in float32.
 
@@ -29,10 +29,11 @@ def lars_update(
         g: its gradient, same shape.
         moments: (m,), same shape.
         h: `lr`, `momentum`, `trust` = eta, `decay` = wd.
-        rms: root mean square of the whole tensor.
+        whole: what p is a shard of; None: all of it.
     Returns:
         New p and (m,).
     """
+    rms = (whole or Whole.of(p)).rms
     weight = rms(p)
     ratio = trust_ratio(h["trust"] * weight, rms(g) + h["decay"] * weight)
     m = h["momentum"] * moments[0] + (h["lr"] * ratio) * (g + h["decay"] * p)
@@ -79,4 +80,4 @@ class LARS(CodecOptimizer):
     def _new(
         self, target: Target, p: Tensor, g: Tensor, moments: tuple[Tensor, ...], h: Scalars
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        return lars_update(p, g, moments, h, rms_like(target.parameter))
+        return lars_update(p, g, moments, h, Whole.of(target.parameter))
