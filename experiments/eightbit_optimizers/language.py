@@ -8,17 +8,28 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from experiments.eightbit_optimizers.runs import Check, Result, Runs, column, each, gaps, mean_gap, told, write
 from lowbits.analysis import causal_loss
 from lowbits.data import TokenData
-from lowbits.formats import DYNAMIC4, DYNAMIC8, E4M3, INT8, UDYNAMIC8, UINT8, ULINEAR4, Codebook, Format
-from lowbits.optim import AdamW, Blockwise, Exact, Quantized, StateCodec
+from lowbits.formats import (
+    DYNAMIC4,
+    DYNAMIC8,
+    E4M3,
+    E4M3_NO_UNDERFLOW,
+    INT8,
+    UDYNAMIC8,
+    UINT8,
+    ULINEAR4,
+    Codebook,
+    Format,
+)
+from lowbits.nn import stable_embedding_
+from lowbits.optim import AdamW, Blockwise, Exact, Quantized, StateCodec, embeddings_in_32_bits, param_groups
 from lowbits.quantizers import PerTensor, QuantSpec, Rounding
 
 STEPS, WARMUP, BATCH, LENGTH, LR, BETAS = 400, 80, 8, 64, 1e-3, (0.9, 0.95)
@@ -28,20 +39,6 @@ MIN_8BIT_SIZE, VAL_BATCHES, STATE_LIMIT = 4096, 40, 2.04
 
 PUBLISHED = Codebook("udynamic8 by the published rule", UDYNAMIC8.points)
 """The unsigned book with the nearest point, be it 0. lowbits' own never rounds a positive moment to 0."""
-
-
-class StableEmbedding(nn.Embedding):
-    """Embedding with Xavier-uniform weights and a layer norm on its output (arXiv:2110.02861, sec. 2.3)."""
-
-    def __init__(self, rows: int, width: int) -> None:
-        super().__init__(rows, width)
-        self.norm = nn.LayerNorm(width)
-
-    def reset_parameters(self) -> None:
-        nn.init.xavier_uniform_(self.weight)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.norm(super().forward(ids))
 
 
 @dataclass(frozen=True)
@@ -77,7 +74,7 @@ ARMS: dict[str, Arm] = {
     "dynamic tensor": Arm(*whole(DYNAMIC8, PUBLISHED)),
     "linear 256": Arm(*blocks(INT8, UINT8)),
     "linear tensor": Arm(*whole(INT8, UINT8)),
-    "fp8 256": Arm(*blocks(E4M3, E4M3)),
+    "fp8 256": Arm(*blocks(E4M3, E4M3_NO_UNDERFLOW)),
     "4-bit 128": Arm(*blocks(DYNAMIC4, ULINEAR4, 128)),
     "bf16 nearest": Arm(*blocks(DYNAMIC8, UDYNAMIC8), weights=Rounding.NEAREST),
     "bf16 stochastic": Arm(*blocks(DYNAMIC8, UDYNAMIC8), weights=Rounding.STOCHASTIC),
@@ -90,30 +87,20 @@ ARMS: dict[str, Arm] = {
 
 def build(vocabulary: int, seed: int, stable: bool) -> PreTrainedModel:
     """Return the model under a seed, with eager attention, which is the faster one on a CPU."""
-    config = AutoConfig.for_model(
-        "gpt2", vocab_size=vocabulary, bos_token_id=None, eos_token_id=None, **SHAPE, **FIXED
-    )
+    config = AutoConfig.for_model("gpt2", vocab_size=vocabulary, bos_token_id=None, eos_token_id=None, **SHAPE, **FIXED)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").train()
         if stable:
-            model.transformer.wte = StableEmbedding(vocabulary, SHAPE["n_embd"])
-            model.lm_head.weight = model.transformer.wte.weight  # tied, as before
+            stable_embedding_(model)
     return model
 
 
 def optimizer_of(model: nn.Module, arm: Arm, seed: int) -> AdamW:
     """Return AdamW with decay on matrices alone; the moments of a stable embedding stay in 32 bits."""
-    exact = {id(p) for m in model.modules() if isinstance(m, StableEmbedding) for p in m.parameters()}
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for p in model.parameters():
-        groups.setdefault((p.ndim >= 2, id(p) in exact), []).append(p)
-    described: list[dict[str, Any]] = []
-    for (decays, stays), params in groups.items():
-        codecs = {"first": Exact(), "second": Exact()} if stays else {}
-        described.append({"params": params, "weight_decay": 0.1 if decays else 0.0, **codecs})
+    groups = param_groups(model, 0.1, embeddings_in_32_bits if arm.stable else None)
     return AdamW(
-        described, LR, BETAS, first=arm.first, second=arm.second, min_8bit_size=MIN_8BIT_SIZE,
+        groups, LR, BETAS, first=arm.first, second=arm.second, min_8bit_size=MIN_8BIT_SIZE,
         rounding=arm.weights or Rounding.NEAREST, seed=seed,
     )  # fmt: skip
 

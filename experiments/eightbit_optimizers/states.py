@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from experiments.eightbit_optimizers.language import ARMS, MIN_8BIT_SIZE, PUBLISHED, blocks, train, whole
 from experiments.eightbit_optimizers.runs import Check, write
 from lowbits.data import TokenData
-from lowbits.formats import DYNAMIC4, DYNAMIC8, E4M3, INT8, UDYNAMIC8, UINT8, ULINEAR4, Codebook
+from lowbits.formats import DYNAMIC4, DYNAMIC8, E4M3, E4M3_NO_UNDERFLOW, INT8, UDYNAMIC8, UINT8, ULINEAR4, Codebook
 from lowbits.optim import AdamW, Blockwise, Exact, StateCodec
 from lowbits.optim._codec import Stored
 from lowbits.quantizers import Noise
@@ -98,6 +98,7 @@ WAYS: dict[str, tuple[Through, Through]] = {
     "dynamic, 64": pair(blocks(DYNAMIC8, UDYNAMIC8, 64)),
     "dynamic tree (signed book for v), 256": pair(blocks(DYNAMIC8, DYNAMIC8)),
     "FP8 E4M3, 256": pair(blocks(E4M3, E4M3)),
+    "FP8 E4M3, 256, v without underflow": pair(blocks(E4M3, E4M3_NO_UNDERFLOW)),
     "4-bit, 128": pair(blocks(DYNAMIC4, ULINEAR4, 128)),
     "softsign and root, 32, FlashOptim's": (softsign, root),
 }
@@ -208,4 +209,6 @@ def main(folder: str) -> Path:
         "elements": sum(m.numel() for m, _ in moments),
         "mean_update": statistics.fmean(torch.cat([update(m, v).abs().flatten() for m, v in moments]).tolist()),
     }
-    return write("states", {"moments": about, "errors": table, "drift": drifts}, checks(table, drifts), torch.device("cpu"))
+    return write(
+        "states", {"moments": about, "errors": table, "drift": drifts}, checks(table, drifts), torch.device("cpu")
+    )
