@@ -10,9 +10,11 @@ a few units in the last place of the middle between two points, where it may tak
 
 from __future__ import annotations
 
+import hashlib
 import math
+import struct
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
@@ -25,11 +27,11 @@ from lowbits.quantizers import Noise
 SMALLEST_SCALE = 2.0**-126
 """Scales of blocks that are not all zero are normal float32 numbers: below, 1 / N would overflow."""
 
-# Decade i = 0 .. 6 of a magnitude a, from its bits: ((bits >> 8) * _PER_DECADE - _FIRST_DECADE) >> 26. The decades are
+# Decade i = 0 .. 6 of a magnitude a, from its bits: ((bits >> 8) * _PER_DECADE - FIRST_DECADE) >> 26. The decades are
 # 3.3247 octaves wide (2^26 / 616 / 2^15) and end up to one cell below each power of ten: closer is not needed.
 _PER_DECADE = 616
 _EDGE = -3.41  # log2 of where the last decade begins, as exponent + fraction of the float
-_FIRST_DECADE = round((_EDGE + 127 - 6 * 2**26 / _PER_DECADE / 2**15) * 2**15) * _PER_DECADE
+FIRST_DECADE = round((_EDGE + 127 - 6 * 2**26 / _PER_DECADE / 2**15) * 2**15) * _PER_DECADE
 _ZERO_ENDS = 2.75e-7  # half the smallest positive point of the signed book
 
 
@@ -55,8 +57,9 @@ def dynamic_codes(y: Tensor, signed: bool) -> Tensor:
         uint8. Only y = 0 has the unsigned code 0.
     """
     first = 0 if signed else 1
-    a = y.abs().clamp_min(1e-7) if signed else y.clamp_min(2e-7)
-    decade = (((a.view(torch.int32) >> 8) * _PER_DECADE - _FIRST_DECADE) >> 26).clamp(0, 6)
+    # fmax, not maximum: a code has to exist for NaN as well; the block's scale is what carries it on.
+    a = torch.fmax(y.abs() if signed else y, torch.full((), 1e-7 if signed else 2e-7, device=y.device))
+    decade = (((a.view(torch.int32) >> 8) * _PER_DECADE - FIRST_DECADE) >> 26).clamp(0, 6)
     slopes = torch.tensor(decade_slopes(signed), dtype=torch.float32, device=y.device)
     n = ((decade + (127 + first)) << 23).view(torch.float32)
     j = a * slopes[decade] - n * (1 / 9)
@@ -70,14 +73,22 @@ def dynamic_codes(y: Tensor, signed: bool) -> Tensor:
     return torch.where(y > 0, torch.round((j - shift) + n) - 1, 0).to(torch.uint8)
 
 
-@dataclass(frozen=True)
+@cache
+def _digest(points: tuple[float, ...]) -> str:
+    return hashlib.sha256(struct.pack(f"<{len(points)}f", *points)).hexdigest()[:16]
+
+
+@dataclass(frozen=True, repr=False)
 class Blockwise:
     """Store a moment in blocks of a flattened tensor.
+
+    Codes have the parameter's shape (4-bit ones lie two to a byte: flat). Where whole blocks make up its rows, scales
+    are [rows, blocks of a row] and packed codes [rows, bytes of a row], so that they can be sharded like it.
 
     Args:
         format: 8- or 4-bit codes; `DYNAMIC8` for moments of both signs and `UDYNAMIC8` for others are the published
             ones. Its largest value stands for the block's largest magnitude.
-        size: elements that share a scale, 64 to 4096 and a power of two.
+        size: elements that share a scale, 64 to 4096 and a multiple of 16.
     Raises:
         SpecError: another width or size.
 
@@ -91,13 +102,21 @@ class Blockwise:
     def __post_init__(self) -> None:
         if self.format.bits not in (4, 8):
             raise SpecError(f"Blockwise: codes of 8 or 4 bits, {self.format.name} has {self.format.bits}.")
-        if not 64 <= self.size <= 4096 or self.size & (self.size - 1):
-            raise SpecError(f"Blockwise: a block has a power of two of 64 to 4096 elements, got {self.size}.")
+        if not 64 <= self.size <= 4096 or self.size % 16:
+            raise SpecError(f"Blockwise: a block has 64 to 4096 elements, a multiple of 16, got {self.size}.")
+
+    def __repr__(self) -> str:
+        return f"Blockwise({self.format.name}, {self.size})"
 
     @property
     def bytes_per_element(self) -> float:
         """Codes and scales, for a tensor of whole blocks."""
         return self.format.bits / 8 + 4 / self.size
+
+    @property
+    def layout(self) -> str:
+        """See `StateCodec.layout`: the version of the layout, the block size, and what tells the points apart."""
+        return f"blockwise v1, {self.format.name} {_digest(self.points)}, blocks of {self.size}"
 
     @cached_property
     def points(self) -> tuple[float, ...]:
@@ -107,12 +126,13 @@ class Blockwise:
 
     def init(self, like: Tensor) -> Stored:
         """See `StateCodec.init`."""
-        count, device = like.numel(), like.device
         (zero,) = self._codes(torch.zeros(1)).tolist()
         fill = zero if self.format.bits == 8 else zero * 17
-        codes = torch.full((packed_bytes(count, self.format.bits),), fill, dtype=torch.uint8, device=device)
-        blocks = math.ceil(count / self.size)
-        return {"codes": self._shaped(codes, like), "scale": torch.zeros(blocks, dtype=torch.float32, device=device)}
+        codes, scale = self.shapes(like.shape)
+        return {
+            "codes": torch.full(codes, fill, dtype=torch.uint8, device=like.device),
+            "scale": torch.zeros(scale, dtype=torch.float32, device=like.device),
+        }
 
     def decode(self, stored: Stored, shape: torch.Size) -> Tensor:
         """See `StateCodec.decode`."""
@@ -122,14 +142,14 @@ class Blockwise:
             codes = unpack(codes, 4, count)
         points = torch.tensor(self.points, dtype=torch.float32, device=codes.device)
         values = points[codes.long()]
-        scale = stored["scale"].repeat_interleave(self.size)[:count]
+        scale = stored["scale"].reshape(-1).repeat_interleave(self.size)[:count]
         return (values * scale).view(shape)
 
     def encode_(self, stored: Stored, value: Tensor, noise: Noise, step: Tensor) -> None:
         """See `StateCodec.encode_`."""
         flat = value.reshape(-1)
         count = flat.numel()
-        blocks = torch.nn.functional.pad(flat, (0, -count % self.size)).view(-1, self.size)
+        blocks = torch.nn.functional.pad(flat, (0, -count % self.size)).view(math.ceil(count / self.size), self.size)
         amax = blocks.abs().amax(1, keepdim=True)
         scale = torch.where(amax > 0, amax.clamp_min(SMALLEST_SCALE), amax)
         y = blocks * torch.where(scale > 0, 1 / scale, 0.0)
@@ -137,12 +157,18 @@ class Blockwise:
         if self.format.bits == 4:
             codes = pack(codes, 4)
         stored["codes"].copy_(codes.view(stored["codes"].shape))
-        stored["scale"].copy_(scale.view(-1))
+        stored["scale"].copy_(scale.view(stored["scale"].shape))
 
     def _codes(self, y: Tensor) -> Tensor:
-        if self.format is DYNAMIC8 or self.format is UDYNAMIC8:
-            return dynamic_codes(y, signed=self.format is DYNAMIC8)
+        if self.format in (DYNAMIC8, UDYNAMIC8):
+            return dynamic_codes(y, signed=self.format == DYNAMIC8)
         return self.format.encode(self.format.project(y * self.format.max)).to(torch.uint8)
 
-    def _shaped(self, codes: Tensor, like: Tensor) -> Tensor:
-        return codes.view(like.shape) if self.format.bits == 8 else codes
+    def shapes(self, shape: torch.Size) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the shapes of codes and scale for a parameter's shape."""
+        row, count, bits = math.prod(shape[1:]), shape.numel(), self.format.bits
+        if len(shape) > 1 and row and row % self.size == 0:
+            packed, scale = (shape[0], packed_bytes(row, bits)), (shape[0], row // self.size)
+        else:
+            packed, scale = (packed_bytes(count, bits),), (math.ceil(count / self.size),)
+        return tuple(shape) if bits == 8 else packed, scale

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lowbits.errors import SpecError
+from lowbits.optim._sharding import local, spread, sum_over_ranks
 
 HISTORY = "clip.history"
 """Where `Percentile` keeps a parameter's last gradient norms in its state; -1 where there was none yet."""
@@ -104,9 +105,19 @@ def gradient_factors(
 
 
 def gradient_norms(gradients: Sequence[Tensor]) -> Tensor:
-    """Return the 2-norm of each gradient, float64, on the first one's device."""
-    norms = torch._foreach_norm(list(gradients), 2, torch.float64)
-    return torch.stack([norm.to(gradients[0].device) for norm in norms])
+    """Return the 2-norm of each gradient, float64, on the first one's device.
+
+    Squares of sharded gradients are added up over the ranks, once for all that are sharded alike; nothing else of a
+    step communicates.
+    """
+    parts = torch._foreach_norm([local(g) for g in gradients], 2, torch.float64)
+    norms = torch.stack([norm.to(parts[0].device) for norm in parts])
+    spreads = [spread(g) for g in gradients]
+    for over in dict.fromkeys(spreads):
+        if over:
+            alike = torch.tensor([over == other for other in spreads], device=norms.device)
+            norms = torch.where(alike, sum_over_ranks(norms.square(), over).sqrt(), norms)
+    return norms
 
 
 def new_history(clip: Percentile, device: torch.device) -> Tensor:

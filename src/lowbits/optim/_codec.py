@@ -22,6 +22,11 @@ Stored = dict[str, Tensor]
 class StateCodec(Protocol):
     """How one moment is stored: as named tensors, all of which go into a checkpoint as they are."""
 
+    @property
+    def layout(self) -> str:
+        """What a checkpoint says of the stored tensors; what has another layout cannot be loaded."""
+        ...
+
     def init(self, like: Tensor) -> Stored:
         """Return the stored form of zeros of `like`'s shape."""
         ...
@@ -44,6 +49,11 @@ class Exact:
     """
 
     dtype: torch.dtype = torch.float32
+
+    @property
+    def layout(self) -> str:
+        """See `StateCodec.layout`."""
+        return str(self.dtype).removeprefix("torch.")
 
     def init(self, like: Tensor) -> Stored:
         """See `StateCodec.init`."""
@@ -72,6 +82,11 @@ class Quantized:
 
     spec: QuantSpec
     transposed: bool = False
+
+    @property
+    def layout(self) -> str:
+        """See `StateCodec.layout`."""
+        return f"quantized v1, {self.spec}{', transposed' if self.transposed else ''}"
 
     def init(self, like: Tensor) -> Stored:
         """See `StateCodec.init`."""

@@ -10,13 +10,16 @@ from typing import Any, ClassVar, TypedDict, Unpack
 import torch
 from torch import Tensor
 
-from lowbits.errors import CheckpointError, SpecError
+from lowbits.errors import SpecError
+from lowbits.optim._checkpoint import by_parameter, check_layouts, check_same_groups, check_state, restored_rate
 from lowbits.optim._checks import check_betas as check_betas
 from lowbits.optim._checks import check_gradient, check_group, check_options, check_parameters
 from lowbits.optim._checks import check_not_negative as check_not_negative
 from lowbits.optim._clipping import HISTORY, Clip, Percentile, gradient_factors, new_history
 from lowbits.optim._codec import FLOAT32, StateCodec
+from lowbits.optim._interchange import translated
 from lowbits.optim._rule import Rule, Scalars, power
+from lowbits.optim._sharding import add_up_gradient_, as_stored, first_element, fitted, local, shard_of
 from lowbits.quantizers import Noise, Rounding
 
 
@@ -147,17 +150,26 @@ class CodecOptimizer(torch.optim.Optimizer):
         """Check the gradient and make the state of a parameter that has none."""
         p = target.parameter
         check_gradient(type(self).__name__, target.name, p, self._shapes.setdefault(p, p.shape))
+        add_up_gradient_(p)
         state = self.state[p]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-            for moment, codec in self._codecs(p, target.group).items():
-                state.update({f"{moment}.{part}": tensor for part, tensor in codec.init(p).items()})
+            for moment, codec in self.codecs(p, target.group).items():
+                stored = codec.init(local(p))
+                state.update({f"{moment}.{part}": as_stored(tensor, p) for part, tensor in stored.items()})
         if isinstance(self.clip, Percentile) and HISTORY not in state:
             state[HISTORY] = new_history(self.clip, p.device)
 
-    def _codecs(self, p: Tensor, group: Mapping[str, Any]) -> dict[str, StateCodec]:
-        small = p.numel() < group["min_8bit_size"]
-        return {moment: FLOAT32 if small else group[moment] for moment in self.rule_of(group).moments}
+    def codecs(self, p: Tensor, group: Mapping[str, Any]) -> dict[str, StateCodec]:
+        """Return how each moment of a parameter is stored, which need not be as its group says."""
+        return {moment: codec for moment, (codec, _) in self.storage(p, group).items()}
+
+    def storage(self, p: Tensor, group: Mapping[str, Any]) -> dict[str, tuple[StateCodec, str]]:
+        """Return how each moment of a parameter is stored, and why where that is not as its group says."""
+        moments = self.rule_of(group).moments
+        if p.numel() < group["min_8bit_size"]:
+            return {moment: (FLOAT32, f"fewer than {group['min_8bit_size']} elements") for moment in moments}
+        return {moment: fitted(group[moment], p) for moment in moments}
 
     def _gradient_factors(self, targets: Sequence[Target]) -> Tensor | None:
         """Return `gradient_factors`; torch.amp.GradScaler leaves `grad_scale` and `found_inf` here for the step."""
@@ -167,15 +179,16 @@ class CodecOptimizer(torch.optim.Optimizer):
         return gradient_factors(self.clip, gradients, states, scale, found_inf)
 
     def _update_(self, target: Target, factor: Tensor | None) -> None:
-        p, group = target.parameter, target.group
-        state, codecs = self.state[p], self._codecs(p, group)
+        p, group = local(target.parameter), target.group
+        state, codecs = self.state[target.parameter], self.codecs(target.parameter, group)
         state["step"] += 1
-        g = p.grad.float() if factor is None else p.grad.float() * factor  # type: ignore[union-attr]
+        g = local(target.parameter.grad).float()  # type: ignore[arg-type]
+        g = g if factor is None else g * factor
         stored = {moment: parts_of(state, moment) for moment in codecs}
         moments = tuple(codec.decode(stored[moment], p.shape) for moment, codec in codecs.items())
         new, moments = self._new(target, p.float(), g, moments, self._scalars(group, state["step"]))
         step = state["step"].to(torch.int64)
-        self._write_(p, new, Noise.of(self.seed, target.name, "weight"), step)
+        self._write_(target, new, step)
         for (moment, codec), value in zip(codecs.items(), moments, strict=True):
             codec.encode_(stored[moment], value, Noise.of(self.seed, target.name, moment), step)
 
@@ -195,12 +208,14 @@ class CodecOptimizer(torch.optim.Optimizer):
         constants |= {f"c_{name}": 1 - power(constants[name], t) for name in rule.corrections}
         return {k: torch.tensor(v, dtype=torch.float32, device=step.device) for k, v in constants.items()}
 
-    def _write_(self, p: Tensor, new: Tensor, noise: Noise, step: Tensor) -> None:
-        """Round a float32 parameter to its own dtype."""
+    def _write_(self, target: Target, new: Tensor, step: Tensor) -> None:
+        """Round a float32 parameter, or this rank's shard of it, to its own dtype."""
+        p = local(target.parameter)
         if self.rounding is Rounding.STOCHASTIC and p.dtype == torch.bfloat16:
             # A float32 lies between two bfloat16 in proportion to its lower 16 bits.
-            bits = new.view(torch.int32) + noise.bits16(p.shape, step, device=p.device).to(torch.int32)
-            new = torch.where(new.isfinite(), (bits & -0x10000).view(torch.float32), new)
+            noise, first = Noise.of(self.seed, target.name, "weight"), first_element(target.parameter)
+            bits = noise.bits16(p.shape, step, offset=first, device=p.device).to(torch.int32)
+            new = torch.where(new.isfinite(), ((new.view(torch.int32) + bits) & -0x10000).view(torch.float32), new)
         p.copy_(new)
 
     def moment(self, p: Tensor, name: str) -> Tensor:
@@ -210,62 +225,55 @@ class CodecOptimizer(torch.optim.Optimizer):
             p: a parameter that was updated before.
             name: one of the rule's moments.
         Returns:
-            float32, of the parameter's shape.
+            float32, of the parameter's shape; sharded like it.
         """
         group = next(group for group in self.param_groups if any(p is q for q in group["params"]))
-        return self._codecs(p, group)[name].decode(parts_of(self.state[p], name), p.shape)
+        return as_stored(self.codecs(p, group)[name].decode(parts_of(self.state[p], name), local(p).shape), p)
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Return torch's layout with plain data only: codecs are left out, they are not state."""
+        """Return torch's layout with plain data only: in place of a codec stands what it stores, in words."""
         packed = super().state_dict()
-        storage = self._storage()
-        packed["param_groups"] = [{k: v for k, v in g.items() if k not in storage} for g in packed["param_groups"]]
+        for group in packed["param_groups"]:
+            group.update({key: group[key].layout for key in self.stores})
         return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned, codes bit for bit.
+        """Restore what `state_dict` returned, codes bit for bit; or go on from torch's or bitsandbytes' optimizer.
 
-        torch's own version would cast every state tensor to the parameter's dtype.
+        torch's own version would cast every state tensor to the parameter's dtype. A learning rate that is a tensor
+        stays the same tensor.
 
+        Args:
+            state_dict: of this library, of `torch.optim` (its moments are encoded), or of bitsandbytes (its codes are
+                taken over, and encoded anew where blocks or code book are others).
         Raises:
             CheckpointError: the state does not fit this optimizer's parameters and codecs; nothing is changed then.
         """
-        params = [(p, group) for group in self.param_groups for p in group["params"]]
-        for index, state in state_dict["state"].items():
-            if index >= len(params):
-                raise CheckpointError(f"optimizer: state for parameter {index}, but there are {len(params)}.")
-            self._check_state(index, state, *params[index])
-        kept = [{key: group[key] for key in self._storage()} for group in self.param_groups]
+        check_same_groups(state_dict, self.param_groups)
+        state_dict = translated(state_dict, self)
+        check_layouts(state_dict, [{key: group[key] for key in self.stores} for group in self.param_groups])
+        states = by_parameter(state_dict, self.param_groups)
+        for index, (p, group, state) in enumerate(states):
+            if state:
+                check_state(self, index, p, group, state)
+        kept = [{key: group[key] for key in ("lr", "min_8bit_size", *self.stores)} for group in self.param_groups]
         super().load_state_dict({**state_dict, "state": {}})
-        for group, codecs in zip(self.param_groups, kept, strict=True):
-            group.update(codecs)
-        for index, state in state_dict["state"].items():
-            p, _ = params[index]
-            self.state[p] = {name: tensor.to(p.device, copy=True) for name, tensor in state.items()}
+        for group, ours in zip(self.param_groups, kept, strict=True):
+            ours["lr"] = restored_rate(ours["lr"], group["lr"], [other["lr"] for other in kept if other is not ours])
+            group.update(ours)
+        for p, _, state in states:
+            if state:
+                self.state[p] = {name: shard_of(t.to(p.device, copy=True), p) for name, t in state.items()}
 
-    def _storage(self) -> list[str]:
-        """Return the keys of a group that say how state is stored: of this optimizer, not of a checkpoint."""
-        return ["min_8bit_size", *(key for key, value in self.defaults.items() if hasattr(value, "encode_"))]
-
-    def _check_state(self, index: int, state: dict[str, Tensor], p: Tensor, group: dict[str, Any]) -> None:
-        for moment, codec in self._codecs(p, group).items():
-            want = {k: (t.shape, t.dtype) for k, t in codec.init(p).items()}
-            got = {k: (t.shape, t.dtype) for k, t in parts_of(state, moment).items()}
-            if want != got:
-                raise CheckpointError(
-                    f"optimizer: the {moment} moment of parameter {index} {tuple(p.shape)} is stored as {got}, "
-                    f"{codec} stores {want}. Resume with the recipe that the checkpoint was written with."
-                )
-        if isinstance(self.clip, Percentile) and HISTORY in state and state[HISTORY].shape != (self.clip.history,):
-            raise CheckpointError(
-                f"optimizer: {state[HISTORY].numel()} gradient norms are stored for parameter {index}, {self.clip} "
-                f"keeps {self.clip.history}. Resume with the history that the checkpoint was written with."
-            )
+    @property
+    def stores(self) -> list[str]:
+        """The keys of a group that are codecs."""
+        return [key for key, value in self.defaults.items() if hasattr(value, "encode_")]
 
 
 def parts_of(state: Mapping[str, Tensor], moment: str) -> dict[str, Tensor]:
-    """Return the tensors of one moment under their names in the codec."""
+    """Return what this rank has of one moment's tensors, under their names in the codec."""
     prefix = moment + "."
-    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    return {name.removeprefix(prefix): local(tensor) for name, tensor in state.items() if name.startswith(prefix)}
