@@ -85,6 +85,9 @@ class Blockwise:
     Codes have the parameter's shape (4-bit ones lie two to a byte: flat). Where whole blocks make up its rows, scales
     are [rows, blocks of a row] and packed codes [rows, bytes of a row], so that they can be sharded like it.
 
+    A block of zeros has scale 0. NaN or infinity makes the scale of its block NaN or infinity and what is decoded there
+    not finite; other blocks are as they were.
+
     Args:
         format: 8- or 4-bit codes; `DYNAMIC8` for moments of both signs and `UDYNAMIC8` for others are the published
             ones. Its largest value stands for the block's largest magnitude.
