@@ -52,10 +52,11 @@ def check_group(optimizer: str, group: Mapping[str, Any], defaults: Mapping[str,
             if near or hasattr(value, "encode_"):
                 options = near[0] if near else ", ".join(k for k, v in defaults.items() if hasattr(v, "encode_"))
                 raise SpecError(f"{optimizer}: a group overrides {key!r}, which does not exist; there is {options}.")
-    check_not_negative(optimizer, **{k: group[k] for k in ("eps", "weight_decay", "momentum") if k in group})
-    if isinstance(group.get("betas"), tuple | list):
-        check_betas(optimizer, group["betas"])
-    check_lr(optimizer, group.get("lr", 0.0))
+    merged = {**defaults, **group}
+    check_not_negative(optimizer, **{k: merged[k] for k in ("eps", "weight_decay", "momentum") if k in merged})
+    if isinstance(merged.get("betas"), tuple | list):
+        check_betas(optimizer, merged["betas"])
+    check_lr(optimizer, merged.get("lr", 0.0))
 
 
 def check_lr(optimizer: str, lr: float | Tensor) -> None:
