@@ -93,7 +93,9 @@ def quantized_linear(layer: QuantizedLayer, x: Tensor, weight: Tensor) -> Tensor
         return linear(x, weight, layer.bias)
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    plan = _Plan(layer.recipe, dtype, layer.layer_name)
+    # A name inside a graph is one of its constants: torch 2.11 would compile every layer anew.
+    name = "a compiled layer" if torch.compiler.is_compiling() else layer.layer_name
+    plan = _Plan(layer.recipe, dtype, name)
     y = _QuantizedMatmul.apply(x.reshape(-1, x.shape[-1]).to(dtype), weight, layer.noise, plan)
     y = y.view(*x.shape[:-1], weight.shape[0])
     return y if layer.bias is None else y + layer.bias.to(dtype)
@@ -153,7 +155,8 @@ def _operand(x: Tensor, spec: QuantSpec | None, plan: _Plan, role: str, noise: T
     try:
         return quantize(x, spec, _uniform(x, spec, role, noise))
     except ShapeError as error:  # what was known at conversion was checked there; the number of tokens was not
-        raise ShapeError(f"{plan.layer_name}, {role}: {error}") from None
+        told = f"{plan.layer_name}, {role}: {error}"
+    raise ShapeError(told)  # here, since torch 2.11 cannot trace `from None`
 
 
 def _gradient(g: Tensor, spec: QuantSpec | None, plan: _Plan, role: str, noise: Tensor, axis: int) -> Tensor | QTensor:
