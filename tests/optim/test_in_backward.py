@@ -8,14 +8,28 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from lowbits.errors import SpecError
 from lowbits.optim import AdamW, AdamW8bit, GlobalNorm, Percentile, step_in_backward
+from lowbits.optim._sharding import local
 from lowbits.quantizers import Rounding
 
 WIDTH, LAYERS = 64, 6
+
+
+class Block(nn.Module):
+    """A residual layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        return x + torch.tanh(self.linear(x))
 
 
 class Net(nn.Module):
@@ -24,7 +38,7 @@ class Net(nn.Module):
     def __init__(self, dtype: torch.dtype = torch.float32, recompute: bool = False) -> None:
         super().__init__()
         self.emb = nn.Embedding(WIDTH, WIDTH)
-        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS))
+        self.layers = nn.ModuleList(Block() for _ in range(LAYERS))
         self.head = nn.Linear(WIDTH, WIDTH, bias=False)
         self.head.weight = self.emb.weight
         self.recompute = recompute
@@ -33,8 +47,7 @@ class Net(nn.Module):
     def forward(self, tokens):
         h = self.emb(tokens)
         for layer in self.layers:
-            block = lambda x, layer=layer: x + torch.tanh(layer(x))  # noqa: E731
-            h = checkpoint(block, h, use_reentrant=False) if self.recompute else block(h)
+            h = checkpoint(layer, h, use_reentrant=False) if self.recompute else layer(h)
         return self.head(h).float().square().mean()
 
 
@@ -154,12 +167,12 @@ def test_a_gradient_that_is_not_finite_under_percentile_clipping_skips_its_param
         for model, optimizer in (ordinary, inside):
             optimizer.zero_grad()
             bad = math.inf if number == 1 else 1.0
-            handle = model.layers[2].bias.register_hook(lambda g, bad=bad: g * bad)
+            handle = model.layers[2].linear.bias.register_hook(lambda g, bad=bad: g * bad)
             model(tokens).backward()
             handle.remove()
             optimizer.step()
     assert equal(ordinary, inside)
-    assert int(inside[1].state[inside[0].layers[2].bias]["step"]) == 2
+    assert int(inside[1].state[inside[0].layers[2].linear.bias]["step"]) == 2
 
 
 def test_parameters_of_other_models_keep_the_ordinary_step():
@@ -172,17 +185,47 @@ def test_parameters_of_other_models_keep_the_ordinary_step():
     assert int(optimizer.state[other.weight]["step"]) == int(optimizer.state[model.emb.weight]["step"]) == 1
 
 
-def test_what_cannot_be_done_is_refused(tmp_path):
+@pytest.fixture
+def one_rank(tmp_path):
+    """A process group of this process alone; returns its device mesh."""
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield torch.distributed.init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("clip", [None, Percentile(50, history=4)], ids=str)
+def test_sharded_parameters_are_updated_in_backward_too(clip, one_rank):
+    """On one rank; the same script gave the same on two."""
+    both = []
+    for (model, _), inside in zip(pair(dtype=torch.float32), (False, True), strict=True):
+        for layer in model.layers:
+            fully_shard(layer, mesh=one_rank)
+        fully_shard(model, mesh=one_rank)
+        optimizer = AdamW8bit(model.parameters(), lr=1e-2, clip=clip, min_8bit_size=1000)
+        if inside:
+            step_in_backward(model, optimizer)
+        both.append((model, optimizer))
+    for number, tokens in enumerate(batches(4)):
+        for model, optimizer in both:
+            optimizer.zero_grad()
+            model(tokens).backward()
+            assert all(p.grad is None for p in model.parameters()) is (model is both[1][0])
+            optimizer.step()
+            if number == 1:
+                optimizer.load_state_dict(optimizer.state_dict())
+    for p, q in zip(both[0][0].parameters(), both[1][0].parameters(), strict=True):
+        assert isinstance(p, DTensor) and torch.equal(p.to_local(), q.to_local())
+        ours, theirs = both[0][1].state[p], both[1][1].state[q]
+        assert all(torch.equal(local(ours[k]), local(theirs[k])) for k in ours | theirs)
+
+
+def test_what_cannot_be_done_is_refused(one_rank):
     model = Net()
     with pytest.raises(SpecError, match=r"AdamW has clip=GlobalNorm\(limit=1.0\).*Percentile"):
         step_in_backward(model, AdamW(model.parameters(), clip=GlobalNorm(1.0)))
     with pytest.raises(SpecError, match="none of the parameters of Net"):
         step_in_backward(model, AdamW(Net().parameters()))
-    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        wrapped = DistributedDataParallel(model)
-        with pytest.raises(SpecError, match="fully_shard"):
-            step_in_backward(wrapped, AdamW(wrapped.parameters()))
-    finally:
-        torch.distributed.destroy_process_group()
+    wrapped = DistributedDataParallel(model)
+    with pytest.raises(SpecError, match="fully_shard"):
+        step_in_backward(wrapped, AdamW(wrapped.parameters()))

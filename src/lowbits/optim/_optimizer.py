@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lowbits.errors import SpecError
+from lowbits.optim import _compiled
 from lowbits.optim._checkpoint import by_parameter, check_layouts, check_same_groups, check_state, restored_rate
 from lowbits.optim._checks import check_betas as check_betas
 from lowbits.optim._checks import check_gradient, check_group, check_options, check_parameters
@@ -137,14 +138,12 @@ class CodecOptimizer(torch.optim.Optimizer):
         for target in targets:
             self._prepare_(target)
         factors = self._gradient_factors(targets)
-        if factors is None:
-            for target in targets:
-                self._update_(target, None)
-            return
-        finite = factors.isfinite().expand(len(targets)).tolist()
-        for target, factor, ok in zip(targets, factors.expand(len(targets)), finite, strict=True):
-            if ok:
-                self._update_(target, factor.to(target.parameter.device))
+        work: list[tuple[Target, Tensor | None]] = [(target, None) for target in targets]
+        if factors is not None:
+            each, finite = factors.expand(len(targets)), factors.isfinite().expand(len(targets)).tolist()
+            work = [(t, f.to(t.parameter.device)) for t, f, ok in zip(targets, each, finite, strict=True) if ok]
+        for target, factor in _compiled.update_(self, work):
+            self._update_(target, factor)
 
     def _prepare_(self, target: Target) -> None:
         """Check the gradient and make the state of a parameter that has none."""
@@ -265,7 +264,8 @@ class CodecOptimizer(torch.optim.Optimizer):
             group.update(ours)
         for p, _, state in states:
             if state:
-                self.state[p] = {name: shard_of(t.to(p.device, copy=True), p) for name, t in state.items()}
+                copies = {name: t.to(p.device, copy=True) for name, t in state.items()}
+                self.state[p] = {name: t if name == HISTORY else shard_of(t, p) for name, t in copies.items()}
 
     @property
     def stores(self) -> list[str]:
