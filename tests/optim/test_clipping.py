@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from lowbits.errors import SpecError
+from lowbits.errors import CheckpointError, SpecError
 from lowbits.optim import AdamW, AdamW8bit, GlobalNorm, Percentile
 
 SHAPES = ((16, 9), (7,), (300,))
@@ -106,6 +106,26 @@ def test_the_history_is_in_the_checkpoint():
     for seed in range(5, 12):
         step(*rest, gradients(seed))
     assert all(same(*rest, snapshot(*whole)))
+
+
+def test_the_history_of_a_bitsandbytes_checkpoint_goes_on():
+    params = parameters()
+    squares = [torch.arange(1.0, 101.0) * (i + 1) for i in range(3)]
+    state = {
+        i: {"step": 100, "state1": torch.zeros_like(p), "state2": torch.zeros_like(p), "gnorm_vec": squares[i].clone()}
+        for i, p in enumerate(params)
+    }
+    group = {"params": [0, 1, 2], "lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
+    optimizer = AdamW(params, clip=Percentile(5))
+    optimizer.load_state_dict({"state": state, "param_groups": [group]})
+    step(params, optimizer, gradients(2))
+    for p, g, ring in zip(params, gradients(2), squares, strict=True):
+        ring[101 % 100] = g.double().square().sum()
+        torch.testing.assert_close(optimizer.state[p]["clip.history"], ring.sqrt())
+        factor = min(1.0, float((ring.sort().values[5] / g.square().sum()).sqrt()))
+        torch.testing.assert_close(optimizer.state[p]["first.value"], 0.1 * g * factor)
+    with pytest.raises(CheckpointError, match="100 gradient norms are stored for parameter 0"):
+        AdamW(params, clip=Percentile(5, history=50)).load_state_dict({"state": state, "param_groups": [group]})
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

@@ -3,7 +3,8 @@
 
 bitsandbytes keeps `state1`, `state2` and, of tensors in 8 bits, `absmax` (one scale a block of 256, of 2048 before
 0.44) and `qmap` (the code book) of both; AdEMAMix stacks both momenta in `state1`. Newer versions nest them in another
-dict. torchao's moments are tensor subclasses with `codes`, `scale` and `qmap`.
+dict; older ones keep `gnorm_vec`, the squares of the last 100 gradient norms. torchao's moments are tensor subclasses
+with `codes`, `scale` and `qmap`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor
 from lowbits.errors import CheckpointError, SpecError
 from lowbits.optim._blockwise import Blockwise
 from lowbits.optim._checkpoint import by_parameter
+from lowbits.optim._clipping import HISTORY, Percentile
 from lowbits.optim._codec import StateCodec, Stored
 from lowbits.optim._sharding import as_stored, is_sharded, local
 from lowbits.quantizers import Noise
@@ -141,6 +143,8 @@ def _encoded(
             )
         stored = _stored(value, codec, p, Noise.of(optimizer.seed, "import", moment), step.to(torch.int64))
         new.update({f"{moment}.{part}": tensor for part, tensor in stored.items()})
+    if isinstance(optimizer.clip, Percentile) and "gnorm_vec" in state:
+        new[HISTORY] = state["gnorm_vec"].float().sqrt()
     return new
 
 
