@@ -27,11 +27,11 @@ from lowbits.quantizers import Noise
 SMALLEST_SCALE = 2.0**-126
 """Scales of blocks that are not all zero are normal float32 numbers: below, 1 / N would overflow."""
 
-# Decade i = 0 .. 6 of a magnitude a, from its bits: ((bits >> 8) * _PER_DECADE - FIRST_DECADE) >> 26. The decades are
+# Decade i = 0 .. 6 of a magnitude a, from its bits: ((bits >> 8) * PER_DECADE - FIRST_DECADE) >> 26. The decades are
 # 3.3247 octaves wide (2^26 / 616 / 2^15) and end up to one cell below each power of ten: closer is not needed.
-_PER_DECADE = 616
+PER_DECADE = 616
 _EDGE = -3.41  # log2 of where the last decade begins, as exponent + fraction of the float
-FIRST_DECADE = round((_EDGE + 127 - 6 * 2**26 / _PER_DECADE / 2**15) * 2**15) * _PER_DECADE
+FIRST_DECADE = round((_EDGE + 127 - 6 * 2**26 / PER_DECADE / 2**15) * 2**15) * PER_DECADE
 _ZERO_ENDS = 2.75e-7  # half the smallest positive point of the signed book
 
 
@@ -59,7 +59,7 @@ def dynamic_codes(y: Tensor, signed: bool) -> Tensor:
     first = 0 if signed else 1
     # fmax, not maximum: a code has to exist for NaN as well; the block's scale is what carries it on.
     a = torch.fmax(y.abs() if signed else y, torch.full((), 1e-7 if signed else 2e-7, device=y.device))
-    decade = (((a.view(torch.int32) >> 8) * _PER_DECADE - FIRST_DECADE) >> 26).clamp(0, 6)
+    decade = (((a.view(torch.int32) >> 8) * PER_DECADE - FIRST_DECADE) >> 26).clamp(0, 6)
     slopes = torch.tensor(decade_slopes(signed), dtype=torch.float32, device=y.device)
     n = ((decade + (127 + first)) << 23).view(torch.float32)
     j = a * slopes[decade] - n * (1 / 9)

@@ -1,0 +1,175 @@
+// SPDX-License-Identifier: Apache-2.0
+// One optimizer step of a list of tensors on a CPU: decode, rule, write, encode, a block at a time.
+//
+// `RULE`, `MOMENTS` and the constants in capitals come from Python. The definitions are `lowbits.optim`'s, and the
+// results are theirs bit for bit: compile without contraction. The loops are plain, for the compiler to vectorise.
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+enum { FLOAT32, BFLOAT16, DYNAMIC8, UDYNAMIC8 };
+enum { PARAMETER, P_KIND, GRADIENT, G_KIND, NUMEL, BLOCK, BLOCKS, SCALARS, FACTOR, STOCHASTIC, KEY0, KEY1, STEP, HEAD };
+enum { DATA, KIND, SCALE, POINTS, MOMENT_COLUMNS };
+enum { COLUMNS = HEAD + MOMENTS * MOMENT_COLUMNS, BLOCKS_AT_ONCE = 32 };
+// Elements of the largest block, and some: buffers a multiple of 4096 bytes apart would share cache lines.
+enum { LARGEST = 4096 + 272 };
+
+static inline float float_of(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
+static inline uint32_t bits_of(float x) { uint32_t bits; memcpy(&bits, &x, 4); return bits; }
+
+static void rule(int n, float *restrict p, const float *restrict g, float (*restrict m)[LARGEST], const float *restrict h) {
+    RULE
+}
+
+// --- floats ----------------------------------------------------------------------------------------------------------
+
+static void load(float *restrict out, int64_t from, int64_t kind, int64_t first, int n) {
+    if (kind == FLOAT32) {
+        memcpy(out, (const float *)from + first, 4 * n);
+    } else {
+        const uint16_t *restrict x = (const uint16_t *)from + first;
+        for (int i = 0; i < n; i++) out[i] = float_of((uint32_t)x[i] << 16);
+    }
+}
+
+static void store(int64_t to, const float *restrict x, int64_t kind, int64_t first, int n) {
+    if (kind == FLOAT32) {
+        memcpy((float *)to + first, x, 4 * n);
+    } else {
+        uint16_t *restrict out = (uint16_t *)to + first;
+        for (int i = 0; i < n; i++) {  // to the nearest, ties to even; NaN stays NaN
+            uint32_t bits = bits_of(x[i]), rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+            out[i] = (uint16_t)((bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : rounded);
+        }
+    }
+}
+
+// Round to bfloat16 with the bits of `Noise.bits16`: Philox4x32-10, whose 128 bits serve 8 elements.
+static void round_stochastically(float *restrict x, int64_t key0, int64_t key1, int64_t step, int64_t first, int n) {
+    uint32_t word[4][LARGEST / 8];
+    int counters = (n + 7) / 8;
+    for (int i = 0; i < counters; i++) {
+        uint64_t index = (uint64_t)(first / 8 + i);
+        uint32_t c0 = (uint32_t)index, c1 = (uint32_t)(index >> 32), c2 = (uint32_t)step, c3 = 0;
+        uint32_t k0 = (uint32_t)key0, k1 = (uint32_t)key1;
+        for (int round = 0; round < 10; round++) {
+            uint64_t p0 = (uint64_t)c0 * 0xD2511F53u, p1 = (uint64_t)c2 * 0xCD9E8D57u;
+            c0 = (uint32_t)(p1 >> 32) ^ c1 ^ k0, c1 = (uint32_t)p1;
+            c2 = (uint32_t)(p0 >> 32) ^ c3 ^ k1, c3 = (uint32_t)p0;
+            k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
+        }
+        word[0][i] = c0, word[1][i] = c1, word[2][i] = c2, word[3][i] = c3;
+    }
+    for (int i = 0; i < n; i++) {
+        uint32_t bits = bits_of(x[i]), noise = (word[i / 2 % 4][i / 8] >> (i % 2 * 16)) & 0xFFFF;
+        uint32_t rounded = (bits + noise) & 0xFFFF0000u;
+        x[i] = float_of((bits & 0x7F800000) == 0x7F800000 ? bits : rounded);
+    }
+}
+
+// --- codes -----------------------------------------------------------------------------------------------------------
+
+static void decode(float *restrict out, const uint8_t *restrict codes, const float *restrict points, float scale, int n) {
+    for (int i = 0; i < n; i++) out[i] = points[codes[i]] * scale;
+}
+
+static float scale_of(const float *restrict x, int n) {
+    int32_t largest = 0;  // by bits, so that NaN counts as the largest
+    for (int i = 0; i < n; i++) {
+        int32_t bits = (int32_t)(bits_of(x[i]) & 0x7FFFFFFF);
+        largest = bits > largest ? bits : largest;
+    }
+    float amax = float_of((uint32_t)largest);
+    return amax > 0 && amax < SMALLEST_SCALE ? SMALLEST_SCALE : amax;
+}
+
+#define MAGIC 12582912.0f  // 1.5 * 2^23: adding it rounds to an integer, which then lies in the lowest bits
+#define NINTH (float)(1. / 9)
+
+static inline int32_t decade_of(float a) {
+    int32_t decade = (int32_t)((bits_of(a) >> 8) * (uint32_t)PER_DECADE - (uint32_t)FIRST_DECADE) >> 26;
+    return decade < 6 ? decade : 6;
+}
+
+// Codes per unit of a; EDGES are the first floats of decades 1 to 6. Comparisons vectorise better than a table of seven.
+static inline float slope_of(float a, const float *restrict slopes) {
+    static const float edges[] = {EDGES};
+    float slope = slopes[0];
+    slope = a >= edges[0] ? slopes[1] : slope;
+    slope = a >= edges[1] ? slopes[2] : slope;
+    slope = a >= edges[2] ? slopes[3] : slope;
+    slope = a >= edges[3] ? slopes[4] : slope;
+    slope = a >= edges[4] ? slopes[5] : slope;
+    return a >= edges[5] ? slopes[6] : slope;
+}
+
+static void encode_signed(uint8_t *restrict codes, const float *restrict x, float inverse, int n) {
+    static const float slopes[] = {SIGNED_SLOPES};
+#pragma omp simd
+    for (int i = 0; i < n; i++) {
+        float y = x[i] * inverse, a = fabsf(y);
+        a = a > 1e-7f ? a : 1e-7f;
+        float in_decade = float_of((uint32_t)(decade_of(a) + 127) << 23);
+        float j = a * slope_of(a, slopes) - in_decade * NINTH;
+        float shift = (j < 0.2f) | (j > 63.4f) ? 0.75f : 0.5f;
+        shift = y > 0.996484375f ? 0.0f : shift;
+        int32_t magnitude = bits_of(((j - shift) + in_decade) + MAGIC) & 0xFFFF;
+        int32_t sign = (int32_t)bits_of(y) >> 31;
+        codes[i] = (uint8_t)(127 + ((magnitude ^ sign) - sign));
+    }
+}
+
+static void encode_unsigned(uint8_t *restrict codes, const float *restrict x, float inverse, int n) {
+    static const float slopes[] = {UNSIGNED_SLOPES};
+#pragma omp simd
+    for (int i = 0; i < n; i++) {
+        float y = x[i] * inverse, a = y > 2e-7f ? y : 2e-7f;
+        float in_decade = float_of((uint32_t)(decade_of(a) + 128) << 23);
+        float j = a * slope_of(a, slopes) - in_decade * NINTH;
+        float shift = j < 0.2f ? 0.75f : 0.5f;
+        shift = y > 0.9982421875f ? 0.0f : shift;
+        int32_t code = (int32_t)(bits_of(((j - shift) + in_decade) + MAGIC) & 0xFFFF) - 1;
+        codes[i] = (uint8_t)(y > 0 ? code : 0);
+    }
+}
+
+// --- the step --------------------------------------------------------------------------------------------------------
+
+static void update_block(const int64_t *row, int64_t block) {
+    float buffer[2 + MOMENTS][LARGEST];
+    float *p = buffer[0], *g = buffer[1], (*m)[LARGEST] = buffer + 2;
+    int64_t first = block * row[BLOCK], left = row[NUMEL] - first;
+    int n = (int)(left < row[BLOCK] ? left : row[BLOCK]);
+    float factor = float_of((uint32_t)row[FACTOR]);
+    load(p, row[PARAMETER], row[P_KIND], first, n);
+    load(g, row[GRADIENT], row[G_KIND], first, n);
+    if (factor != 1) for (int i = 0; i < n; i++) g[i] *= factor;
+    for (int k = 0; k < MOMENTS; k++) {
+        const int64_t *moment = row + HEAD + k * MOMENT_COLUMNS;
+        if (moment[KIND] <= BFLOAT16) load(m[k], moment[DATA], moment[KIND], first, n);
+        else decode(m[k], (uint8_t *)moment[DATA] + first, (float *)moment[POINTS], ((float *)moment[SCALE])[block], n);
+    }
+    rule(n, p, g, m, (const float *)row[SCALARS]);
+    if (row[STOCHASTIC]) round_stochastically(p, row[KEY0], row[KEY1], row[STEP], first, n);
+    store(row[PARAMETER], p, row[P_KIND], first, n);
+    for (int k = 0; k < MOMENTS; k++) {
+        const int64_t *moment = row + HEAD + k * MOMENT_COLUMNS;
+        if (moment[KIND] <= BFLOAT16) { store(moment[DATA], m[k], moment[KIND], first, n); continue; }
+        float scale = scale_of(m[k], n), inverse = scale > 0 ? 1 / scale : 0;
+        ((float *)moment[SCALE])[block] = scale;
+        (moment[KIND] == DYNAMIC8 ? encode_signed : encode_unsigned)((uint8_t *)moment[DATA] + first, m[k], inverse, n);
+    }
+}
+
+// `rows`: a row of COLUMNS for each tensor, addresses and sizes; `blocks`: of all of them.
+void update(const int64_t *rows, int64_t blocks, int64_t threads) {
+#pragma omp parallel for schedule(dynamic, 1) num_threads((int)threads)
+    for (int64_t chunk = 0; chunk < (blocks + BLOCKS_AT_ONCE - 1) / BLOCKS_AT_ONCE; chunk++) {
+        const int64_t *row = rows;
+        int64_t before = 0, end = (chunk + 1) * BLOCKS_AT_ONCE;
+        for (int64_t block = chunk * BLOCKS_AT_ONCE; block < (end < blocks ? end : blocks); block++) {
+            while (block >= before + row[BLOCKS]) { before += row[BLOCKS]; row += COLUMNS; }
+            update_block(row, block - before);
+        }
+    }
+}
