@@ -152,8 +152,9 @@ def test_without_clipping_nan_is_not_hidden():
     assert params[1][3].isnan() and params[0].isfinite().all()
 
 
+@pytest.mark.parametrize("unscaled_before", [False, True])
 @pytest.mark.parametrize("clip", [None, GlobalNorm(0.7), Percentile(50, history=8)], ids=str)
-def test_a_scaled_loss_gives_the_same_numbers_and_an_overflow_changes_nothing(clip):
+def test_a_scaled_loss_gives_the_same_numbers_and_an_overflow_changes_nothing(clip, unscaled_before):
     scaled, plain = parameters(), parameters()
     ours, reference = AdamW8bit(scaled, lr=1e-2, clip=clip), AdamW8bit(plain, lr=1e-2, clip=clip)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
@@ -165,6 +166,8 @@ def test_a_scaled_loss_gives_the_same_numbers_and_an_overflow_changes_nothing(cl
         if seed == 3:
             scaled[1].grad[0] = math.inf
             before = snapshot(scaled, ours)
+        if unscaled_before:
+            scaler.unscale_(ours)
         scaler.step(ours)
         scaler.update()
         if seed == 3:

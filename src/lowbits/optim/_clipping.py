@@ -110,7 +110,7 @@ def gradient_norms(gradients: Sequence[Tensor]) -> Tensor:
     Squares of sharded gradients are added up over the ranks, once for all that are sharded alike; nothing else of a
     step communicates.
     """
-    parts = torch._foreach_norm([local(g) for g in gradients], 2, torch.float64)
+    parts = torch._foreach_norm([local(g) for g in gradients], 2, torch.float64)  # type: ignore[reportPrivateImportUsage]
     norms = torch.stack([norm.to(parts[0].device) for norm in parts])
     spreads = [spread(g) for g in gradients]
     for over in dict.fromkeys(spreads):
@@ -134,6 +134,6 @@ def _percentile_factors(clip: Percentile, norms: Tensor, states: Sequence[Mappin
     new = torch.where(position | (old < 0), norms, old)
     limit = new.sort(1).values[:, clip.percentile * clip.history // 100].unsqueeze(1)
     kept = torch.where(norms.isfinite(), new, old)
-    torch._foreach_copy_(stored, list(kept.unbind()))
+    torch._foreach_copy_(stored, list(kept.unbind()))  # type: ignore[reportPrivateImportUsage]
     factors = torch.where(norms > limit, limit / norms, 1.0)
     return torch.where(norms.isfinite(), factors, torch.nan).squeeze(1).double()
