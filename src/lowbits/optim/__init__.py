@@ -27,10 +27,12 @@ from lowbits.optim._few_bits import (
 )
 from lowbits.optim._groups import embeddings_in_32_bits, param_groups
 from lowbits.optim._in_backward import StepInBackward, step_in_backward
+from lowbits.optim._interchange import to_torch_state_dict
 from lowbits.optim._lamb import LAMB
 from lowbits.optim._lars import LARS
 from lowbits.optim._lion import Lion
 from lowbits.optim._optimizer import CodecOptimizer, Options
+from lowbits.optim._report import MomentReport, StateReport, state_report
 from lowbits.optim._rmsprop import RMSprop
 from lowbits.optim._rule import Rule
 from lowbits.optim._sgd import SGD
@@ -63,6 +65,7 @@ __all__ = [
     "LARS8bit",
     "Lion",
     "Lion8bit",
+    "MomentReport",
     "Options",
     "Percentile",
     "Quantized",
@@ -71,10 +74,13 @@ __all__ = [
     "Rule",
     "SGD8bit",
     "StateCodec",
+    "StateReport",
     "StepInBackward",
     "adam_update",
     "adamw_update",
     "embeddings_in_32_bits",
     "param_groups",
+    "state_report",
     "step_in_backward",
+    "to_torch_state_dict",
 ]
