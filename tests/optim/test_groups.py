@@ -10,6 +10,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lowbits.errors import CheckpointError, SpecError
@@ -136,6 +137,21 @@ def test_copies_and_checkpoints_keep_overrides():
     for again, its in ((other, twin), (third, resumed)):
         assert its.seed == 3 and bits(again, its) == {"emb.weight": 32, "a.weight": 8, **SMALL}
         assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_overrides_find_their_parameters_in_a_sharded_model(tmp_path):
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        model = Net()
+        fully_shard(model, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
+        optimizer = AdamW8bit(param_groups(model, 0.1, choose), lr=1e-3)
+        train(model, optimizer, 1)
+        assert bits(model, optimizer) == {"emb.weight": 32, "a.weight": 8, **SMALL}
+        where = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+        assert where[id(model.a.weight)] == 1e-4 and where[id(model.emb.weight)] == 1e-3
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def tied():

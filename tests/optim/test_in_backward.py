@@ -18,7 +18,7 @@ from lowbits.optim import AdamW, AdamW8bit, GlobalNorm, Percentile, step_in_back
 from lowbits.optim._sharding import local
 from lowbits.quantizers import Rounding
 
-WIDTH, LAYERS = 64, 6
+WIDTH, LAYERS = 128, 6  # enough elements for the compiled step; those of one parameter are not
 
 
 class Block(nn.Module):
