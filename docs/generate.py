@@ -17,7 +17,9 @@ from itertools import compress
 from pathlib import Path
 from typing import Any
 
-from lowbits import formats, models, recipes
+import torch
+
+from lowbits import formats, models, optim, recipes
 from lowbits.cli.analyze import ANALYSES
 from lowbits.formats import FloatFormat, Format
 from lowbits.quantizers import QuantSpec
@@ -129,6 +131,34 @@ def words(spec: QuantSpec | None) -> str:
     return str(spec) if spec else ""
 
 
+def optimizers() -> str:
+    """Every optimizer, its constructors with fewer bits, and the bytes of state that each keeps for a parameter."""
+    kinds = [kind for _, kind in inspect.getmembers(optim, inspect.isclass) if hasattr(kind, "rule")]
+    few = {name: make for name, make in inspect.getmembers(optim, inspect.isfunction) if re.search("bit$|Fp8$", name)}
+    rows = []
+    for kind in kinds:
+        own = [n for n, make in few.items() if inspect.signature(make).return_annotation == kind.__name__]
+        bytes_each = [f"`{name}` {state_bytes(few[name]):.4g}" for name in own]
+        same = f"`torch.optim.{kind.__name__}`" if hasattr(torch.optim, kind.__name__) else ""
+        moments = ", ".join(f"`{moment}`{'' if signed else ' >= 0'}" for moment, signed in kind.rule.moments.items())
+        rows.append([f"`{kind.__name__}`", same, moments, f"{state_bytes(kind):.4g}", "<br>".join(bytes_each)])
+    header = ["optimizer", "the same as", "moments", "bytes a parameter in float32", "constructors, bytes a parameter"]
+    return table(header, rows)
+
+
+def state_bytes(make: Callable[..., optim.CodecOptimizer]) -> float:
+    """Bytes of state, as its storages have them, over the elements of a square parameter; with momentum."""
+    parameter = torch.nn.Parameter(torch.ones(512, 512))
+    known = inspect.signature(make).parameters
+    optimizer = make(
+        [parameter], **{k: v for k, v in {"lr": 1e-3, "momentum": 0.9, "beta1": 0.9}.items() if k in known}
+    )
+    parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    stored = [t.untyped_storage().nbytes() for name, t in optimizer.state[parameter].items() if name != "step"]
+    return sum(stored) / parameter.numel()
+
+
 def sizes() -> str:
     """Every named model size, and who published its shape."""
     rows = (
@@ -231,6 +261,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "format values": format_values,
     "analyses": analyses,
     "models": sizes,
+    "optimizers": optimizers,
     "results": results,
     "checks cpu": partial(checks, "cpu"),
     "checks gpu": partial(checks, "gpu"),
