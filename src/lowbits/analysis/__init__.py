@@ -9,7 +9,7 @@ from lowbits.analysis._errors import TensorErrors, tensor_errors
 from lowbits.analysis._evaluating import evaluating
 from lowbits.analysis._fewshot import SEEDS, TASKS, Accuracy, fewshot
 from lowbits.analysis._gradients import GradientSparsity, gradient_sparsity, magnitude_histogram, output_gradients
-from lowbits.analysis._ledger import Ledger, linear_input_bytes, predict_memory
+from lowbits.analysis._ledger import Ledger, Updating, linear_input_bytes, predict_memory
 from lowbits.analysis._linears import linear_layers, output_axes
 from lowbits.analysis._loss import causal_loss
 from lowbits.analysis._memory import Bytes, Memory, measure_memory, measure_saved_bytes, weights_in_few_bits
@@ -40,6 +40,7 @@ __all__ = [
     "Surface",
     "TensorErrors",
     "TimeShare",
+    "Updating",
     "causal_loss",
     "classify",
     "compare_post_training",

@@ -6,14 +6,21 @@
     loss forward     saved activations, the logits and their float32 copy
     loss backward    saved activations, and two float32 tensors of logits' size: the gradient of the log-probabilities
                      and that of the logits; in both, .grad from the second micro-batch on
-    optimizer step   .grad, and the update's temporaries: six float32 tensors as large as the largest parameter
+    head             in backward: saved activations but the loss's, the logits' gradient and the head's weight's
+    last block       in backward: saved activations but the loss's, the head's gradient and the block's
+    first block      in backward: what it saved, and the gradients of all blocks
+    embedding        all gradients, and a second one of a tied embedding: that of the head waits for the look-up's
+    optimizer step   .grad, and, where its update is no fused kernel, six float32 tensors as large as a parameter
 
-Between loss and optimizer, every block frees more activations than the gradients that it leaves. Left out, since not
-of the model: the allocator's reserve and rounding, the CUDA context, and the workspaces of cuBLAS and cuDNN.
+With checkpointing the activations are the blocks' inputs, and a block's own while backward is in it; autocast keeps its
+copies of all weights until the forward pass is over. With an update in backward a gradient lives until its parameter is
+updated. Left out, since not of the model: the allocator's reserve and rounding, the CUDA context, and the workspaces of
+cuBLAS and cuDNN; and, since small, the gradients of a block's activations.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -26,12 +33,27 @@ from lowbits.analysis._stored import stored_bytes
 from lowbits.analysis._tape import Kind, Tape, Value
 from lowbits.errors import SpecError
 from lowbits.nn import quantized_layers
-from lowbits.optim import Exact, param_groups
+from lowbits.optim import AdamW, Blockwise, CodecOptimizer, Exact, param_groups
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
+_BLOCK = re.compile(r"(transformer\.h|model\.layers)\.\d+\.")
+_FUSED = (Exact, Blockwise)  # codecs whose update is one kernel, on CUDA and, where there is a C compiler, on the CPU
 _UPDATE_TEMPORARIES = 6  # new p, m, v, the denominator, lr m / bias, and the quotient: see `adamw_update`
+
+
+@dataclass(frozen=True)
+class Updating:
+    """How parameters are updated, as far as memory is concerned.
+
+    Args:
+        optimizer: whose states are counted; its parameters are the model's. None: AdamW, moments as the recipes say.
+        in_backward: by `lowbits.optim.step_in_backward`.
+    """
+
+    optimizer: CodecOptimizer | None = None
+    in_backward: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,42 +92,110 @@ def predict_memory(
     autocast: bool = True,
     device: str = "cuda",
     accumulation: int = 1,
+    updating: Updating | None = None,
 ) -> Ledger:
-    """Compute the memory of training a GPT-2 or Llama with lowbits' AdamW, without dropout.
+    """Compute the memory of training a GPT-2 or Llama without dropout.
 
     Args:
-        model: converted or not, on any device; on `meta` it takes no memory itself.
+        model: converted or not, with or without checkpointing of its blocks, in float32 or, without autocast, in
+            bfloat16; on any device: on `meta` it takes no memory itself.
         batch: sequences in a micro-batch.
         length: tokens in a sequence.
-        autocast: bf16 autocast; False is float32 throughout.
+        autocast: bf16 autocast; False is the weights' dtype throughout.
         device: `cuda` or `cpu`; their autocast rules differ.
         accumulation: micro-batches in a step.
+        updating: the optimizer; default: AdamW, moments as the recipes say, after backward.
     Raises:
-        SpecError: another architecture, dropout, or gradient checkpointing.
+        SpecError: another architecture, or dropout.
     """
+    updating = updating or Updating()
+    states, temporaries = _states(model, updating.optimizer)
     recipes = {name: layer.recipe for name, layer in quantized_layers(model).items()}
-    tape = Tape(batch, length, autocast, autocast and device == "cuda", recipes)
     _check(model)
+    itemsize = next(model.parameters()).itemsize
+    tape = Tape(batch, length, autocast, autocast and device == "cuda", recipes, itemsize)
     _ARCHITECTURES[model.config.model_type](tape, model.config)
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = sum(
-        4 + sum(_meta_bytes(group.get(moment, Exact()).init, p) for moment in ("first", "second"))
-        for group in param_groups(model, 0.0)
-        for p in group["params"]
-    )
+    stream = tape.residual("", model.config.hidden_size).nbytes
+    checkpointed = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    kept = _Activations(tape, stream, checkpointed)
+    grads = _Gradients(model, updating.in_backward, autocast)
     weights = sum(p.nbytes for p in model.parameters())
-    gradients = sum(p.nbytes for p in trainable)
-    held = Bytes(weights, gradients, optimizer, tape.total())
-    few = Bytes(weights_in_few_bits(model), gradients, optimizer, tape.in_few_bits())
-    fixed = weights + optimizer
-    in_loss = fixed + held.saved_activations + gradients * (accumulation > 1)
+    held = Bytes(weights, grads.total, states, kept.saved)
+    few = Bytes(weights_in_few_bits(model), grads.total, states, kept.saved - tape.total() + tape.in_few_bits())
+    fixed = weights + states + grads.total * (accumulation > 1)
     logits, scored = (n * model.config.vocab_size for n in (tape.tokens, tape.tokens - batch))
     phases = {
-        "loss forward": in_loss + tape.compute * logits + 4 * scored,
-        "loss backward": in_loss + 2 * 4 * scored,
-        "optimizer step": fixed + gradients + _UPDATE_TEMPORARIES * max(p.numel() * 4 for p in trainable),
+        "loss forward": kept.saved + kept.copies + tape.compute * logits + 4 * scored,
+        "loss backward": kept.saved + 2 * 4 * scored,
+        "head": kept.after_loss + tape.compute * logits + grads.of_head,
+        "last block": kept.in_last_block + grads.after_last_block,
+        "first block": kept.in_first_block + grads.after_blocks,
+        "embedding": grads.at_the_end,
+        "optimizer step": (0 if updating.in_backward else grads.total) + temporaries,
     }
-    return Ledger(Memory(held, few), tape.by_kind(), phases)
+    return Ledger(Memory(held, few), kept.by_kind, {name: fixed + more for name, more in phases.items()})
+
+
+class _Activations:
+    """What is kept of the forward pass, and what of it is there in which phase; all in bytes."""
+
+    def __init__(self, tape: Tape, stream: int, checkpointed: bool) -> None:
+        blocks: dict[str, int] = {}
+        copies, outside = 0, dict.fromkeys(Kind, 0)
+        for key, kept in tape.kept.items():
+            match = _BLOCK.match(key)
+            if match and not key.endswith(".end"):
+                blocks[match[0]] = blocks.get(match[0], 0) + kept.nbytes
+                copies += kept.nbytes * (kept.kind is Kind.WEIGHT_COPY)
+            elif not key.endswith(".end") and key != "embedding":
+                outside[kept.kind] += kept.nbytes
+        first, last = (list(blocks.values())[i] for i in (0, -1))
+        if checkpointed:  # the input of each block, and what the final norm keeps of the last one's output
+            outside[Kind.NORM] += stream * (len(blocks) + any(key.endswith(".end") for key in tape.kept))
+        self.by_kind = outside if checkpointed else tape.by_kind()
+        self.saved = sum(self.by_kind.values())
+        self.copies = checkpointed * copies
+        self.after_loss = self.saved - self.by_kind[Kind.LOSS]
+        self.in_last_block = self.after_loss + last * checkpointed
+        self.in_first_block = stream + first
+
+
+class _Gradients:
+    """Which gradients are there in which phase of backward; in bytes."""
+
+    def __init__(self, model: PreTrainedModel, in_backward: bool, autocast: bool) -> None:
+        trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        blocks: dict[str, list[int]] = {}
+        for name, p in trainable:
+            if match := _BLOCK.match(name):
+                blocks.setdefault(match[0], []).append(p.nbytes)
+        head = model.get_output_embeddings().weight  # type: ignore[union-attr]
+        tied = head is model.get_input_embeddings().weight  # type: ignore[union-attr]
+        self.total = sum(p.nbytes for _, p in trainable)
+        largest = max(max(sizes) for sizes in blocks.values())
+        waiting = head.nbytes * tied  # the head's gradient of a tied embedding, all backward long
+        summed = waiting * (not autocast)  # autograd adds to the head's gradient in place only where a cast made it
+        self.of_head = head.nbytes
+        if in_backward:
+            self.after_last_block = self.after_blocks = waiting + largest
+            self.at_the_end = head.nbytes + waiting + summed
+        else:
+            self.after_last_block = head.nbytes + sum(list(blocks.values())[-1])
+            self.after_blocks = self.total - (0 if tied else head.nbytes)
+            self.at_the_end = self.total + waiting + summed
+
+
+def _states(model: PreTrainedModel, optimizer: CodecOptimizer | None) -> tuple[int, int]:
+    """Return the bytes of the states, and what the update of a parameter needs beside it in plain torch operations."""
+    optimizer = optimizer or AdamW(param_groups(model, 0.0))
+    total = temporaries = 0
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            codecs = list(optimizer.codecs(p, group).values())
+            total += 4 + sum(_meta_bytes(codec.init, p) for codec in codecs)
+            if not all(isinstance(codec, _FUSED) for codec in codecs):
+                temporaries = max(temporaries, 4 * _UPDATE_TEMPORARIES * p.numel())
+    return total, temporaries
 
 
 def linear_input_bytes(model: nn.Module, tokens: int) -> tuple[int, int]:
@@ -139,8 +229,6 @@ def _check(model: PreTrainedModel) -> None:
         )
     dropouts = ("embd_pdrop", "resid_pdrop", "attn_pdrop", "attention_dropout")
     wrong = [f"{name}={getattr(config, name)}" for name in dropouts if getattr(config, name, 0)]
-    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-        wrong.append("gradient checkpointing")
     activation = getattr(config, "activation_function", None) or getattr(config, "hidden_act", None)
     if activation not in ("gelu_new", "silu"):
         wrong.append(f"activation {activation!r}")
@@ -176,7 +264,7 @@ def _llama(tape: Tape, config: PretrainedConfig) -> None:
     inner, shared = heads * size, config.num_key_value_heads * size
     _indices(tape, positions=False)
     for name in ("cos", "sin"):
-        tape.keep(Value(f"rotary.{name}", tape.length, size, 4), Kind.ATTENTION)
+        tape.keep(Value(f"rotary.{name}", tape.length, size, tape.itemsize), Kind.ATTENTION)
     x = tape.residual("embedding", width)
     for i in range(config.num_hidden_layers):
         block = f"model.layers.{i}"

@@ -81,6 +81,7 @@ class Tape:
         autocast: bf16 autocast; False is float32.
         cuda: the rules of CUDA's autocast instead of the CPU's.
         recipes: recipe by layer name, for the layers that are converted.
+        itemsize: bytes of an element of the weights, and of what is computed from them without autocast.
     """
 
     batch: int
@@ -88,6 +89,7 @@ class Tape:
     autocast: bool
     cuda: bool
     recipes: dict[str, Recipe]
+    itemsize: int = 4
     kept: dict[str, Kept] = field(default_factory=dict)
 
     @property
@@ -98,7 +100,7 @@ class Tape:
     @property
     def compute(self) -> int:
         """Bytes of an element of what a GEMM returns."""
-        return 2 if self.autocast else 4
+        return 2 if self.autocast else self.itemsize
 
     def keep(self, value: Value, kind: Kind, codes: int = 0) -> Value:
         """Note that a storage is kept, as it is or as that many bytes of codes; the first kind counts."""
@@ -108,8 +110,8 @@ class Tape:
         return value
 
     def residual(self, key: str, width: int) -> Value:
-        """Return a tensor of the residual stream, which starts at the float32 embedding and stays float32."""
-        return Value(key, self.tokens, width, 4)
+        """Return a tensor of the residual stream, which has the dtype of the embedding throughout."""
+        return Value(key, self.tokens, width, self.itemsize)
 
     def linear(self, name: str, x: Value, outputs: int) -> Value:
         """Keep what a linear layer keeps, and return its output."""
@@ -141,14 +143,14 @@ class Tape:
         """Keep what `nn.LayerNorm` keeps: x, mean and reciprocal deviation."""
         self.keep(x, Kind.NORM)
         self.keep(Value(f"{name}.statistics", x.rows, 2, 4), Kind.NORM)
-        return Value(name, x.rows, x.columns, 4)
+        return Value(name, x.rows, x.columns, x.itemsize)
 
     def rms_norm(self, name: str, x: Value) -> Value:
-        """Keep what transformers' `LlamaRMSNorm` keeps: x, rsqrt(mean x^2), and their product."""
-        self.keep(x, Kind.NORM)
+        """Keep what transformers' `LlamaRMSNorm` keeps: x in float32, rsqrt(mean x^2), and their product."""
+        self.keep(x if x.itemsize == 4 else Value(f"{name}.float", x.rows, x.columns, 4), Kind.NORM)
         self.keep(Value(f"{name}.statistics", x.rows, 1, 4), Kind.NORM)
-        self.keep(Value(f"{name}.normalised", x.rows, x.columns, 4), Kind.NORM)
-        return Value(name, x.rows, x.columns, 4)
+        self.keep(Value(f"{name}.normalised", x.rows, x.columns, x.itemsize), Kind.NORM)
+        return Value(name, x.rows, x.columns, x.itemsize)
 
     def attention(self, name: str, inputs: list[Value], heads: int, width: int) -> Value:
         """Keep what scaled-dot-product attention keeps: its inputs, its output and the log-sum-exp."""
@@ -159,7 +161,7 @@ class Tape:
 
     def gelu_new(self, name: str, u: Value) -> Value:
         """Keep what 0.5 u (1 + tanh(sqrt(2/pi) (u + 0.044715 u^3))) keeps, written out as transformers has it."""
-        wide = 4 if self.cuda else u.itemsize  # pow returns float32 under CUDA's autocast
+        wide = 4 if self.cuda and self.autocast else u.itemsize  # pow returns float32 under CUDA's autocast
         cubed = u if wide == u.itemsize else Value(f"{name}.pow", u.rows, u.columns, wide)
         self.keep(cubed, Kind.ACTIVATION)
         self.keep(Value(f"{name}.tanh", u.rows, u.columns, wide), Kind.ACTIVATION)
