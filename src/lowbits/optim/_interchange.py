@@ -119,7 +119,7 @@ def to_torch_state_dict(optimizer: CodecOptimizer) -> dict[str, Any]:
     params = [(p, optimizer.rule_of(group)) for group in optimizer.param_groups for p in group["params"]]
     state = {
         index: {"step": optimizer.state[p]["step"].clone()}
-        | {name: optimizer.moment(p, moment) for moment, name in names.items() if moment in rule.moments}
+        | {name: optimizer.moment(p, moment).clone() for moment, name in names.items() if moment in rule.moments}
         for index, (p, rule) in enumerate(params)
         if optimizer.state.get(p)
     }
@@ -160,8 +160,8 @@ def _moments(state: Mapping[str, Any], names: list[str]) -> dict[str, Tensor | C
     strange = {key for key, value in state.items() if value is not None} - used - _NOT_STATE - {_NESTED}
     if strange or set(found) != set(names):
         raise CheckpointError(
-            f"optimizer: the checkpoint holds {', '.join(sorted(strange or found))}; needed are the moments "
-            f"{', '.join(names)} of this optimizer. Load it into the same optimizer, with the same options."
+            f"optimizer: the checkpoint holds {', '.join(sorted(strange or used & state.keys()))}, which are not the "
+            f"moments {', '.join(names)} of this optimizer. Load it into the same optimizer, with the same options."
         )
     return found
 
