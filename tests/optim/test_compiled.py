@@ -91,6 +91,7 @@ BUILDS = {
     "clipped": lambda p: optim.AdamW8bit(p, clip=optim.GlobalNorm(1e-3), min_8bit_size=0),
     "blocks of 64": lambda p: optim.AdamW8bit(p, block_size=64, min_8bit_size=0),
     "blocks of 4096": lambda p: optim.AdamW8bit(p, block_size=4096, min_8bit_size=0),
+    "4 bits": lambda p: optim.AdamW4bit(p, min_8bit_size=0),
     "exact": lambda p: optim.AdamW(p, first=optim.Exact(torch.bfloat16)),
     "small ones exact": optim.AdamW8bit,
     "two groups": lambda p: optim.AdamW8bit([{"params": p[:2]}, {"params": p[2:], "lr": 0.1}], lr=1e-2),

@@ -308,7 +308,7 @@ class Codebook(Format):
                 f"{self.name}: a codebook has 2 to 256 strictly ascending points and a positive last one, "
                 f"got {len(self.points)} points."
             )
-        _ = self._boundaries  # now and kept: the lock in Python 3.11's cached_property would break a compiled graph
+        _ = self.boundaries  # now and kept: the lock in Python 3.11's cached_property would break a compiled graph
 
     @property
     def bits(self) -> int:  # type: ignore[override]
@@ -325,7 +325,7 @@ class Codebook(Format):
         return torch.tensor(self.code_values[: len(self.points)], dtype=torch.float32, device=device)
 
     @cached_property
-    def _boundaries(self) -> tuple[float, ...]:
+    def boundaries(self) -> tuple[float, ...]:
         """The largest float32 that is rounded to each point but the last one: one search then finds the nearest."""
         points = torch.tensor(self.code_values[: len(self.points)], dtype=torch.float64)
         middle = (points[1:] + points[:-1]) / 2
@@ -341,7 +341,7 @@ class Codebook(Format):
         """See `Format.project`. Ties go to the even index."""
         points = self._points(x.device)
         if noise is None:
-            bounds = torch.tensor(self._boundaries, dtype=torch.float32, device=x.device)
+            bounds = torch.tensor(self.boundaries, dtype=torch.float32, device=x.device)
             rounded = points[torch.searchsorted(bounds, x.contiguous())]
         else:
             index = (torch.searchsorted(points, x.contiguous(), right=True) - 1).clamp(0, len(self.points) - 2)

@@ -7,9 +7,12 @@
 #include <stdint.h>
 #include <string.h>
 
-enum { FLOAT32, BFLOAT16, DYNAMIC8, UDYNAMIC8 };
+enum { FLOAT32, BFLOAT16, DYNAMIC8, UDYNAMIC8, CODEBOOK4 };
 enum { PARAMETER, P_KIND, GRADIENT, G_KIND, NUMEL, BLOCK, BLOCKS, SCALARS, FACTOR, STOCHASTIC, KEY0, KEY1, STEP, HEAD };
-enum { DATA, KIND, SCALE, POINTS, MOMENT_COLUMNS };
+enum { DATA, KIND, SCALE, TABLE, MOMENT_COLUMNS };
+// What TABLE points to: what each code stands for; for 4 bits also the largest number of each code but the last, the
+// format's largest value and its code of 0.
+enum { BOUNDS = 16, MAX = 31, ZERO = 32 };
 enum { COLUMNS = HEAD + MOMENTS * MOMENT_COLUMNS, BLOCKS_AT_ONCE = 32 };
 // Elements of the largest block, and some: buffers a multiple of 4096 bytes apart would share cache lines.
 enum { LARGEST = 4096 + 272 };
@@ -133,6 +136,42 @@ static void encode_unsigned(uint8_t *restrict codes, const float *restrict x, fl
     }
 }
 
+// Two codes a byte, the even element's in the low bits.
+static void decode4(float *restrict out, const uint8_t *restrict codes, const float *restrict table, float scale, int n) {
+    for (int i = 0; i < n; i++) out[i] = table[(codes[i / 2] >> (i % 2 * 4)) & 15] * scale;
+}
+
+static void encode4(uint8_t *restrict codes, const float *restrict x, const float *restrict table, float inverse, int n) {
+    uint8_t code[LARGEST];
+    const float max = table[MAX];
+    const int32_t zero = (int32_t)table[ZERO];
+#pragma omp simd
+    for (int i = 0; i < n; i++) {
+        float y = x[i] * inverse * max;
+        int32_t above = 0;
+        for (int k = 0; k < 15; k++) above += y > table[BOUNDS + k];
+        code[i] = (uint8_t)(y == y ? above : zero);
+    }
+    code[n] = 0;  // fills up the last byte
+    for (int i = 0; i < (n + 1) / 2; i++) codes[i] = (uint8_t)(code[2 * i] | code[2 * i + 1] << 4);
+}
+
+static void decode_block(float *restrict out, const int64_t *moment, int64_t block, int64_t first, int n) {
+    const float *table = (const float *)moment[TABLE], scale = ((const float *)moment[SCALE])[block];
+    const uint8_t *codes = (const uint8_t *)moment[DATA];
+    if (moment[KIND] == CODEBOOK4) decode4(out, codes + first / 2, table, scale, n);
+    else decode(out, codes + first, table, scale, n);
+}
+
+static void encode_block(const float *restrict x, const int64_t *moment, int64_t block, int64_t first, int n) {
+    float scale = scale_of(x, n), inverse = scale > 0 ? 1 / scale : 0;
+    uint8_t *codes = (uint8_t *)moment[DATA];
+    ((float *)moment[SCALE])[block] = scale;
+    if (moment[KIND] == DYNAMIC8) encode_signed(codes + first, x, inverse, n);
+    else if (moment[KIND] == UDYNAMIC8) encode_unsigned(codes + first, x, inverse, n);
+    else encode4(codes + first / 2, x, (const float *)moment[TABLE], inverse, n);
+}
+
 // --- the step --------------------------------------------------------------------------------------------------------
 
 static void update_block(const int64_t *row, int64_t block) {
@@ -147,17 +186,15 @@ static void update_block(const int64_t *row, int64_t block) {
     for (int k = 0; k < MOMENTS; k++) {
         const int64_t *moment = row + HEAD + k * MOMENT_COLUMNS;
         if (moment[KIND] <= BFLOAT16) load(m[k], moment[DATA], moment[KIND], first, n);
-        else decode(m[k], (uint8_t *)moment[DATA] + first, (float *)moment[POINTS], ((float *)moment[SCALE])[block], n);
+        else decode_block(m[k], moment, block, first, n);
     }
     rule(n, p, g, m, (const float *)row[SCALARS]);
     if (row[STOCHASTIC]) round_stochastically(p, row[KEY0], row[KEY1], row[STEP], first, n);
     store(row[PARAMETER], p, row[P_KIND], first, n);
     for (int k = 0; k < MOMENTS; k++) {
         const int64_t *moment = row + HEAD + k * MOMENT_COLUMNS;
-        if (moment[KIND] <= BFLOAT16) { store(moment[DATA], m[k], moment[KIND], first, n); continue; }
-        float scale = scale_of(m[k], n), inverse = scale > 0 ? 1 / scale : 0;
-        ((float *)moment[SCALE])[block] = scale;
-        (moment[KIND] == DYNAMIC8 ? encode_signed : encode_unsigned)((uint8_t *)moment[DATA] + first, m[k], inverse, n);
+        if (moment[KIND] <= BFLOAT16) store(moment[DATA], m[k], moment[KIND], first, n);
+        else encode_block(m[k], moment, block, first, n);
     }
 }
 

@@ -2,13 +2,14 @@
 """Update parameters on a CPU in one pass over memory: the rule translated to C, on all cores, for all tensors at once.
 
 Which tensors: float32 and bfloat16 ones of torch's own classes, contiguous, whose moments are stored by `Exact` or by
-`Blockwise` of dynamic 8-bit codes in blocks of one size. The rest, all tensors where there is no C compiler, and steps
-of fewer than 65,536 elements are left to the eager definition, whose bits these are.
+`Blockwise`, with dynamic 8-bit codes or a 4-bit code book, in blocks of one size. The rest, all tensors where there is
+no C compiler, and steps of fewer than 65,536 elements are left to the eager definition, whose bits these are.
 """
 
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Sequence
 from functools import cache
 from importlib import resources
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from lowbits.formats import DYNAMIC8, UDYNAMIC8
+from lowbits.formats import DYNAMIC8, UDYNAMIC8, Codebook, Format
 from lowbits.kernels import c_library
 from lowbits.optim._as_c import rule_as_c
 from lowbits.optim._blockwise import FIRST_DECADE, PER_DECADE, SMALLEST_SCALE, Blockwise, decade_slopes
@@ -34,7 +35,8 @@ SMALLEST_STEP = 2**16
 """A step of fewer elements takes about a millisecond eagerly and is not worth the half second of a compiler."""
 
 _FLOATS = {torch.float32: 0, torch.bfloat16: 1}
-_FORMATS = {DYNAMIC8: 2, UDYNAMIC8: 3}
+_FORMATS: dict[Format, int] = {DYNAMIC8: 2, UDYNAMIC8: 3}
+_CODEBOOK4 = 4
 _EXACT_BLOCK = 256
 Row = list[int]
 
@@ -125,9 +127,13 @@ class _Step:
 
 def _kind(codec: StateCodec) -> int | None:
     """Return how the C source calls a codec; None where it does not know it."""
-    if isinstance(codec, Blockwise):
-        return next((kind for known, kind in _FORMATS.items() if codec.format is known), None)
-    return _FLOATS.get(codec.dtype) if isinstance(codec, Exact) else None
+    if isinstance(codec, Exact):
+        return _FLOATS.get(codec.dtype)
+    if not isinstance(codec, Blockwise):
+        return None
+    if isinstance(codec.format, Codebook) and codec.format.bits == 4:
+        return _CODEBOOK4
+    return next((kind for known, kind in _FORMATS.items() if codec.format == known), None)
 
 
 def _moment(state: dict[str, Tensor], name: str, codec: StateCodec, kind: int | None) -> Row:
@@ -135,12 +141,17 @@ def _moment(state: dict[str, Tensor], name: str, codec: StateCodec, kind: int | 
     if isinstance(codec, Exact):
         return [state[f"{name}.value"].data_ptr(), kind, 0, 0]
     assert isinstance(codec, Blockwise)
-    return [state[f"{name}.codes"].data_ptr(), kind, state[f"{name}.scale"].data_ptr(), _points(codec).data_ptr()]
+    return [state[f"{name}.codes"].data_ptr(), kind, state[f"{name}.scale"].data_ptr(), _table(codec).data_ptr()]
 
 
 @cache
-def _points(codec: Blockwise) -> Tensor:
-    return torch.tensor(codec.points, dtype=torch.float32)
+def _table(codec: Blockwise) -> Tensor:
+    """Return what each code stands for and, of a code book of 4 bits, where its codes end; see the C source."""
+    values = list(codec.points)
+    if isinstance(codec.format, Codebook) and codec.format.bits == 4:
+        bounds = codec.format.boundaries
+        values += [*bounds, *[math.inf] * (15 - len(bounds)), codec.format.max, sum(v < 0 for v in codec.format.points)]
+    return torch.tensor(values, dtype=torch.float32)
 
 
 @cache
