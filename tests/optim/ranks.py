@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,12 +13,20 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_optimizer_state_dict,
+    set_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
+from lowbits.errors import SpecError
 from lowbits.formats import DYNAMIC4, DYNAMIC8, UDYNAMIC8, ULINEAR4
-from lowbits.optim import AdamW, Blockwise, CodecOptimizer, GlobalNorm
+from lowbits.optim import AdamW, Blockwise, CodecOptimizer, GlobalNorm, state_report
 from lowbits.quantizers import Rounding
 
 # rows: even; odd; too few for three ranks; of blocks of 160; of more dimensions. No blocks: short rows; a vector.
@@ -28,7 +37,7 @@ BITS8 = {"first": Blockwise(DYNAMIC8), "second": Blockwise(UDYNAMIC8)}
 BITS4 = {"first": Blockwise(DYNAMIC4), "second": Blockwise(ULINEAR4)}
 CASES = {"8 bits": (BITS8, torch.float32), "4 bits": (BITS4, torch.bfloat16)}
 NAMES = ("nested", "flat")
-PRELOADED = ["torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp", "lowbits.optim"]  # then forked
+PRELOADED = ["torch._dynamo", "torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp", "lowbits.optim"]
 
 
 def run(function: Callable[..., None], ranks: int, *arguments: object) -> None:
@@ -50,11 +59,13 @@ def _rank(rank: int, ranks: int, store: str, function: Callable[..., None], argu
 
 
 def build(
-    shapes: dict[str, tuple[int, ...]] = SHAPES, codecs: dict[str, Blockwise] = BITS8, dtype: torch.dtype = torch.float32
+    shapes: dict[str, tuple[int, ...]] = SHAPES,
+    codecs: dict[str, Blockwise] = BITS8,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[nn.ParameterDict, CodecOptimizer]:
     """Return parameters, sharded where there is a group, and their optimizer: two groups, clipped, stochastic."""
     model = nn.ParameterDict()
-    for name, value in _random(shapes, -1).items():
+    for name, value in random_like(shapes, -1).items():
         model[name] = nn.Parameter(value.to(dtype))
     if dist.is_initialized():
         fully_shard(model)
@@ -67,7 +78,7 @@ def build(
 def steps(model: nn.ParameterDict, optimizer: CodecOptimizer, numbers: range) -> None:
     """Take steps with gradients that do not depend on the ranks; the last parameter has none at first."""
     for number in numbers:
-        gradients = _random({name: tuple(p.shape) for name, p in model.items()}, number)
+        gradients = random_like({name: tuple(p.shape) for name, p in model.items()}, number)
         for p, g in zip(model.values(), gradients.values(), strict=True):
             g = g.to(p.dtype)
             p.grad = distribute_tensor(g, p.device_mesh, p.placements) if isinstance(p, DTensor) else g
@@ -100,6 +111,9 @@ def train_and_save(folder: Path) -> None:
     _write(folder / "half", model, optimizer)
     backward(folder / "backward")
     replicas(folder / "replica")
+    tensor_parallel(folder / "tensor parallel")
+    gathered(folder / "gathered")
+    flattened(folder / "fsdp1")
 
 
 def train_and_resume(folder: Path, source: Path) -> None:
@@ -133,8 +147,7 @@ def restore_(model: nn.ParameterDict, optimizer: CodecOptimizer, folder: Path, n
 
 def backward(file: Path) -> None:
     """Write what training a real model comes to, all ranks on the same data."""
-    model, optimizer = network()
-    fully_shard(model)
+    model, optimizer = network(fully_shard)
     learn(model, optimizer)
     _write(file, model, optimizer)
 
@@ -146,11 +159,65 @@ def replicas(file: Path) -> None:
     torch.save(everything(model, optimizer), file.with_suffix(f".{dist.get_rank()}"))
 
 
-def network() -> tuple[nn.Module, CodecOptimizer]:
+def tensor_parallel(file: Path) -> None:
+    """Train a matrix cut by columns, and a replicated one of which every rank has a part of the gradient."""
+    mesh = init_device_mesh("cpu", (2,))
+    columns, norm = (t.clone() for t in matrices())
+    parameters = [
+        nn.Parameter(distribute_tensor(t, mesh, [how])) for t, how in ((columns, Shard(1)), (norm, Replicate()))
+    ]
+    optimizer = AdamW(parameters, lr=1e-2, clip=GlobalNorm(0.5), **BITS8)
+    for number in range(3):
+        columns, norm = random_like({"columns": (4, 512), "norm": (2, 256)}, number).values()
+        parameters[0].grad = distribute_tensor(columns, mesh, [Shard(1)])
+        parameters[1].grad = DTensor.from_local(norm * (0.25, 0.75)[dist.get_rank()], mesh, [Partial()])
+        optimizer.step()
+    reasons = {row.reason for row in state_report(optimizer).moments}
+    whole = [p.full_tensor() for p in parameters]
+    if dist.get_rank() == 0:
+        torch.save((whole, reasons), file)
+
+
+def matrices() -> tuple[Tensor, ...]:
+    """Return what `tensor_parallel` begins with."""
+    return tuple(random_like({"columns": (4, 512), "norm": (2, 256)}, -1).values())
+
+
+def gathered(file: Path) -> None:
+    """Gather all on one rank, as for one file, and load that file back into shards; write the states."""
+    model, optimizer = build()
+    steps(model, optimizer, range(2))
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=False)
+    states = get_optimizer_state_dict(model, optimizer, options=whole)
+    model, optimizer = build()
+    set_optimizer_state_dict(
+        model, optimizer, states, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    )
+    found = {
+        name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in _named(model, optimizer) if ":" in name
+    }
+    if dist.get_rank() == 0:
+        torch.save((found, states["state"]), file)
+
+
+def flattened(file: Path) -> None:
+    """Write what a step of parameters that FSDP1 flattened says."""
+    with warnings.catch_warnings(action="ignore"):
+        model = FullyShardedDataParallel(nn.Linear(256, 8), device_id=torch.device("cpu"), use_orig_params=True)
+        model(torch.ones(1, 256)).sum().backward()
+        optimizer = AdamW(model.parameters(), **BITS8)
+        try:
+            optimizer.step()
+        except SpecError as error:
+            file.write_text(str(error))
+
+
+def network(prepare: Callable[[nn.Module], object] = id) -> tuple[nn.Module, CodecOptimizer]:
     """Return a small model and its optimizer."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(256, 33), nn.Tanh(), nn.Linear(33, 3))
-    return model, AdamW(model.parameters(), lr=1e-2, clip=GlobalNorm(0.1), **BITS8)
+    prepare(model)
+    return model, AdamW(model.parameters(), lr=1e-2, clip=GlobalNorm(0.1), min_8bit_size=100, **BITS8)
 
 
 def learn(model: nn.Module, optimizer: CodecOptimizer) -> None:
@@ -179,6 +246,7 @@ def _write(file: Path, model: nn.ParameterDict, optimizer: CodecOptimizer) -> No
         torch.save(whole, file)
 
 
-def _random(shapes: dict[str, tuple[int, ...]], number: int) -> dict[str, Tensor]:
+def random_like(shapes: dict[str, tuple[int, ...]], number: int) -> dict[str, Tensor]:
+    """Return normal numbers, of each name the same ones for the same number."""
     generator = torch.Generator().manual_seed(100 + number)
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
