@@ -8,7 +8,7 @@
 #include <string.h>
 
 enum { FLOAT32, BFLOAT16, DYNAMIC8, UDYNAMIC8, CODEBOOK4 };
-enum { PARAMETER, P_KIND, GRADIENT, G_KIND, NUMEL, BLOCK, BLOCKS, SCALARS, FACTOR, STOCHASTIC, KEY0, KEY1, STEP, HEAD };
+enum { FIRST, PARAMETER, P_KIND, GRADIENT, G_KIND, NUMEL, BLOCK, SCALARS, FACTOR, STOCHASTIC, KEY0, KEY1, STEP, HEAD };
 enum { DATA, KIND, SCALE, TABLE, MOMENT_COLUMNS };
 // What TABLE points to: what each code stands for; for 4 bits also the largest number of each code but the last, the
 // format's largest value and its code of 0.
@@ -198,15 +198,20 @@ static void update_block(const int64_t *row, int64_t block) {
     }
 }
 
-// `rows`: a row of COLUMNS for each tensor, addresses and sizes; `blocks`: of all of them.
-void update(const int64_t *rows, int64_t blocks, int64_t threads) {
+// `rows`: COLUMNS for each of `tensors`, addresses and sizes, FIRST being the number of blocks in the rows before it;
+// `blocks`: of all of them.
+void update(const int64_t *rows, int64_t tensors, int64_t blocks, int64_t threads) {
 #pragma omp parallel for schedule(dynamic, 1) num_threads((int)threads)
     for (int64_t chunk = 0; chunk < (blocks + BLOCKS_AT_ONCE - 1) / BLOCKS_AT_ONCE; chunk++) {
-        const int64_t *row = rows;
-        int64_t before = 0, end = (chunk + 1) * BLOCKS_AT_ONCE;
-        for (int64_t block = chunk * BLOCKS_AT_ONCE; block < (end < blocks ? end : blocks); block++) {
-            while (block >= before + row[BLOCKS]) { before += row[BLOCKS]; row += COLUMNS; }
-            update_block(row, block - before);
+        int64_t block = chunk * BLOCKS_AT_ONCE, end = block + BLOCKS_AT_ONCE < blocks ? block + BLOCKS_AT_ONCE : blocks;
+        int64_t low = 0, high = tensors - 1;
+        while (low < high) {
+            int64_t middle = (low + high + 1) / 2;
+            if (rows[middle * COLUMNS + FIRST] <= block) low = middle; else high = middle - 1;
+        }
+        for (; block < end; block++) {
+            while (low + 1 < tensors && block >= rows[(low + 1) * COLUMNS + FIRST]) low++;
+            update_block(rows + low * COLUMNS, block - rows[low * COLUMNS + FIRST]);
         }
     }
 }

@@ -38,6 +38,7 @@ _FLOATS = {torch.float32: 0, torch.bfloat16: 1}
 _FORMATS: dict[Format, int] = {DYNAMIC8: 2, UDYNAMIC8: 3}
 _CODEBOOK4 = 4
 _EXACT_BLOCK = 256
+_NUMEL = 4  # in a row, before the block's size
 Row = list[int]
 
 
@@ -69,6 +70,7 @@ class _Step:
         self.optimizer = optimizer
         self.rows: dict[ctypes.CDLL, list[Row]] = {}
         self.scalars: dict[tuple[int, int], Tensor] = {}  # by group and t
+        self.steps: list[Tensor] = []
         self.kept: list[Tensor] = []  # what rows hold the addresses of
 
     def take(self, target: Target, factor: Tensor | None) -> bool:
@@ -88,7 +90,7 @@ class _Step:
         made = _library(body, len(codecs)) if body is not None else None
         if made is None:
             return False
-        state["step"] += 1
+        self.steps.append(state["step"])
         row = self._head(target, factor, t, sizes.pop())
         for (name, codec), kind in zip(codecs, kinds, strict=True):
             row += _moment(state, name, codec, kind)
@@ -106,8 +108,8 @@ class _Step:
         self.kept += [g, scalars]
         bits = 0x3F800000 if factor is None else int(factor.view(torch.int32))
         return [
-            p.data_ptr(), _FLOATS[p.dtype], g.data_ptr(), _FLOATS[g.dtype], p.numel(), block, -(-p.numel() // block),
-            scalars.data_ptr(), bits, int(noise), int(key[0]), int(key[1]), t,
+            p.data_ptr(), _FLOATS[p.dtype], g.data_ptr(), _FLOATS[g.dtype], p.numel(), block, scalars.data_ptr(), bits,
+            int(noise), int(key[0]), int(key[1]), t,
         ]  # fmt: skip
 
     def _scalars(self, target: Target, t: int) -> Tensor:
@@ -118,11 +120,16 @@ class _Step:
         return self.scalars[name]
 
     def run(self) -> None:
+        """Count the steps and update what was accepted."""
+        if self.steps:
+            torch._foreach_add_(self.steps, 1.0)  # type: ignore[reportPrivateImportUsage]
         for made, rows in self.rows.items():
-            words = [word for row in rows for word in row]
+            words, blocks = [], 0
+            for row in rows:
+                words += [blocks, *row]
+                blocks += -(-row[_NUMEL] // row[_NUMEL + 1])
             table = (ctypes.c_int64 * len(words))(*words)
-            blocks = sum(row[6] for row in rows)
-            made.update(table, ctypes.c_int64(blocks), ctypes.c_int64(torch.get_num_threads()))
+            made.update(table, *map(ctypes.c_int64, (len(rows), blocks, torch.get_num_threads())))
 
 
 def _kind(codec: StateCodec) -> int | None:
