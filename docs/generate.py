@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import compress
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import torch
@@ -220,6 +221,22 @@ def gaps(scale: str) -> str:
     return table(["arm", "validation loss by seed, quantizers on", "gap, nats"], rows)
 
 
+def steps() -> str:
+    """Every arm of benchmarks/linear_recipes.py on the H200: time of a step and its ratio to bf16, eager and compiled."""
+    path = ROOT / "benchmarks" / "results" / "nvidia-h200" / "linear_recipes.json"
+    found = json.loads(path.read_text(encoding="utf-8"))["steps"]
+    rows = []
+    for name in dict.fromkeys(key.rpartition(", ")[0] for key in found):
+        eager, compiled = (found.get(f"{name}, {how}") for how in ("eager", "compiled"))
+        rows.append([name, (eager or compiled)["execution"], *timed(eager), *timed(compiled)])
+    return table(["arm", "execution", "eager, ms", "over bf16", "compiled, ms", "over bf16"], rows)
+
+
+def timed(step: dict[str, Any] | None) -> tuple[str, str]:
+    """Return time and ratio of a step, dashes for one that was not measured."""
+    return (f"{step['ms']:.1f}", f"{step['time_over_bf16']:.2f}") if step else ("-", "-")
+
+
 def made_by(found: dict[str, Any]) -> str:
     """Where a results file comes from."""
     told, run = found["provenance"], found["run"]
@@ -229,6 +246,146 @@ def made_by(found: dict[str, Any]) -> str:
         f" of its runs "
         f'{found["sigma"]:.4f}; "no gap" means within {found["close"]:.4f}. File: `{found["path"]}`.'
     )
+
+
+EIGHTBIT = {"lm_cpu": "LM, CPU", "states": "errors", "image_cpu": "images", "text_cpu": "text", "lm_gpu": "LM, H200",
+            "memory_check": "memory, H200"}  # fmt: skip
+
+
+def eightbit(name: str) -> dict[str, Any] | None:
+    """A results file of experiments/eightbit_optimizers; None while there is none."""
+    files = sorted((ROOT / "benchmarks" / "results").glob(f"*/eightbit_{name}.json"))
+    return json.loads(files[0].read_text(encoding="utf-8")) if files else None
+
+
+def eightbit_checks() -> str:
+    """Every claim of the 8-bit experiments that was checked."""
+    rows = [
+        [where, c["id"], c["statement"], c["measured"], "yes" if c["holds"] else "**no**"]
+        for name, where in EIGHTBIT.items()
+        for c in (eightbit(name) or {"checks": []})["checks"]
+    ]
+    return table(["where", "check", "claim", "measured", "holds"], rows)
+
+
+def eightbit_lm() -> str:
+    """The small language model: losses by seed, the mean distance from 32 bits, bytes of state."""
+    found = eightbit("lm_cpu")
+    if found is None:
+        return ""
+    rows = (
+        [f"`{name}`", " ".join(f"{r['loss']:.4f}" if math.isfinite(r["loss"]) else "-" for r in results),
+         f"{found['gaps'][name]:+.4f}", f"{results[0]['state_bytes']:.3f}"]
+        for name, results in found["runs"].items()
+    )  # fmt: skip
+    made = found["setting"]
+    words = (
+        f"{made['parameters']:,} parameters, {made['steps']} steps of {made['tokens_a_step']} tokens, betas "
+        f"{tuple(made['betas'])}; standard deviation of the 32-bit runs {made['spread']:.4f}. {origin('lm_cpu')}"
+    )
+    header = ["arm", "validation loss by seed", "mean gap to 32-bit, same seed", "state bytes a parameter"]
+    return f"{table(header, rows)}\n{words}\n"
+
+
+def eightbit_classifiers() -> str:
+    """Image and text classifier: accuracy by seed."""
+    rows = [
+        [f"{made['data']}; {made['model']}, {made['optimizer']}", f"`{arm}`",
+         " ".join(f"{r['accuracy']:.2f}" for r in results), mean_and_deviation([r["accuracy"] for r in results]),
+         " ".join(f"{r['loss']:.4f}" for r in results), f"{results[0]['state_bytes']:.3f}"]
+        for found in (eightbit("image_cpu"), eightbit("text_cpu")) if found
+        for made in [found["setting"]] for arm, results in found["runs"].items()
+    ]  # fmt: skip
+    header = ["task", "moments", "accuracy by seed, %", "mean", "loss by seed", "state bytes a parameter"]
+    return table(header, rows)
+
+
+def eightbit_errors() -> str:
+    """What is left of Adam's update after its moments were stored."""
+    found = eightbit("states")
+    if found is None:
+        return ""
+    keys = ["mean", "median", "mean_relative", "median_relative", "above_one"]
+    rows = ([name, *(f"{row[key]:.2g}" for key in keys)] for name, row in found["errors"].items())
+    header = ["stored as, elements a scale", "mean", "median", "mean relative", "median relative", "share above 1"]
+    about = f"{found['moments']['elements']:,} elements, mean of u {found['moments']['mean_update']:.3f}. "
+    return f"{table(header, rows, '---:')}\n{about}{origin('states')}\n"
+
+
+def eightbit_drift() -> str:
+    """How far the parameters go astray under gradients of very different scales."""
+    found = eightbit("states")
+    if found is None:
+        return ""
+    sigmas = list(found["drift"])
+    rows = (
+        [name, *(f"{d[name]['drift']:.4f} ({d[name]['largest']:,.1f})" for d in found["drift"].values())]
+        for name in found["drift"][sigmas[0]]
+    )
+    return table(["moments in blocks of 256", *(f"sigma {sigma}" for sigma in sigmas)], rows, "---:")
+
+
+def eightbit_memory(checkpointed: bool) -> str:
+    """The largest model by family, memory and setup, as the ledger predicts."""
+    found = eightbit("memory")
+    if found is None:
+        return ""
+    rows = [row for row in found["rows"] if row["checkpointed"] is checkpointed]
+    setups = list(dict.fromkeys(row["setup"] for row in rows))
+    cells = {(row["family"], row["gib"], row["setup"]): row for row in rows}
+    body = (
+        [f"{family}, {gib} GiB", *(model_size(cells[family, gib, setup]) for setup in setups)]
+        for family, gib in dict.fromkeys((row["family"], row["gib"]) for row in rows)
+    )
+    return table(["memory", *setups], body, "---:")
+
+
+def eightbit_memory_check() -> str:
+    """Predicted and measured peaks."""
+    found = eightbit("memory_check")
+    if found is None:
+        return "Not measured yet.\n"
+    rows = (
+        [c["size"], c["setup"], "yes" if c["checkpointed"] else "no", *(f"{c[k] / 2**30:.2f}" for k in PEAKS),
+         f"{c['error']:+.1%}", f"{c['states'] / c['parameters']:.3f}"]
+        for c in found["cells"]
+    )  # fmt: skip
+    header = ["model", "setup", "checkpointing", "predicted, GiB", "measured, GiB", "error", "state bytes a parameter"]
+    return f"{table(header, rows, '---:')}\n{origin('memory_check')}\n"
+
+
+def eightbit_gpu() -> str:
+    """GPT-2 small: losses by seed."""
+    found = eightbit("lm_gpu")
+    if found is None:
+        return "Not measured yet.\n"
+    base = mean(found["losses"]["bf16"])
+    rows = (
+        [f"`{name}`", " ".join(f"{loss:.4f}" for loss in losses), f"{mean(losses) - base:+.4f}" if losses else "-",
+         found["status"][name]]
+        for name, losses in found["losses"].items()
+    )  # fmt: skip
+    return f"{table(['recipe', 'validation loss by seed', 'gap, nats', 'status'], rows)}\n{origin('lm_gpu')}\n"
+
+
+PEAKS = ("predicted", "measured")
+
+
+def origin(name: str) -> str:
+    """Where a results file of the 8-bit experiments comes from."""
+    (path,) = (ROOT / "benchmarks" / "results").glob(f"*/eightbit_{name}.json")
+    told = json.loads(path.read_text(encoding="utf-8"))["provenance"]
+    return f"{told['device']}, torch {told['versions']['torch']}; file: `{path.relative_to(ROOT).as_posix()}`."
+
+
+def model_size(row: dict[str, Any]) -> str:
+    """Return parameters, depth and width of a model, or that there is none."""
+    return f"{row['parameters'] / 1e9:.2f} B ({row['layers']} x {row['width']})" if "parameters" in row else "-"
+
+
+def mean_and_deviation(values: Sequence[float]) -> str:
+    """Return mean and standard deviation."""
+    return f"{mean(values):.2f} ± {stdev(values):.2f}"
 
 
 def spread(value: dict[str, Any]) -> str:
@@ -267,7 +424,17 @@ TABLES: dict[str, Callable[[], str]] = {
     "checks gpu": partial(checks, "gpu"),
     "gaps cpu": partial(gaps, "cpu"),
     "gaps gpu": partial(gaps, "gpu"),
+    "steps gpu": steps,
     "tree": tree,
+    "eightbit checks": eightbit_checks,
+    "eightbit lm": eightbit_lm,
+    "eightbit classifiers": eightbit_classifiers,
+    "eightbit errors": eightbit_errors,
+    "eightbit drift": eightbit_drift,
+    "eightbit memory": partial(eightbit_memory, checkpointed=True),
+    "eightbit memory whole": partial(eightbit_memory, checkpointed=False),
+    "eightbit memory check": eightbit_memory_check,
+    "eightbit gpu": eightbit_gpu,
     **{f"recipes {family}": partial(recipe_table, family) for family in recipes.FAMILIES},
 }
 

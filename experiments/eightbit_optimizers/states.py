@@ -51,7 +51,7 @@ def inverse_dynamic(signed: bool) -> Codebook:
 
 
 def quantile(x: Tensor) -> Tensor:
-    """Store as one of the 256 middles of equally frequent parts of the tensor's own values: no scale, a book a tensor."""
+    """Store as one of the middles of 256 equally frequent parts of the tensor's own values: a book a tensor."""
     ordered = x.flatten().sort().values
     book = ordered[((torch.arange(256) + 0.5) / 256 * ordered.numel()).long()].unique()
     return book[torch.searchsorted((book[1:] + book[:-1]) / 2, x.contiguous())]
