@@ -23,7 +23,7 @@ from lowbits.optim import SGD, AdamW, AdamW8bit, SGD8bit, param_groups
 ARMS = ("32-bit", "8-bit")
 
 # --- images ---------------------------------------------------------------------------------------------------------
-IMAGE_EPOCHS, IMAGE_BATCH, IMAGE_LR, IMAGE_DECAY, MOMENTUM = 4, 128, 0.1, 5e-4, 0.9
+IMAGE_EPOCHS, IMAGE_BATCH, IMAGE_LR, IMAGE_DECAY, MOMENTUM = 3, 128, 0.1, 5e-4, 0.9
 MEAN, DEVIATION = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
 
@@ -121,7 +121,8 @@ def train_text(arm: str, seed: int, weights: str, folder: Path, limit: int) -> R
 
     def logits(texts: list[str]) -> Tensor:
         batch = tokenizer(texts, padding=True, truncation=True, max_length=TEXT_LENGTH, return_tensors="pt")
-        return model(**batch).logits
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(**batch).logits.float()
 
     texts, labels = sentences(folder, "train")
     order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed))[:limit].repeat(TEXT_EPOCHS)
@@ -183,5 +184,6 @@ def main_text(folder: str, out: Path, weights: str, limit: int) -> Path:
     setting = {
         "model": Path(weights).name, "optimizer": "AdamW", "data": f"SST-2, {limit:,} sentences, dev set",
         "epochs": TEXT_EPOCHS, "batch": TEXT_BATCH, "lr": TEXT_LR, "weight_decay": TEXT_DECAY, "length": TEXT_LENGTH,
+        "autocast": "bf16",
     }  # fmt: skip
     return write("text_cpu", {"setting": setting, "runs": runs}, [check(runs)], torch.device("cpu"))
