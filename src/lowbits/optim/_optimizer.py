@@ -9,6 +9,7 @@ from typing import Any, ClassVar, TypedDict, Unpack
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from lowbits.errors import SpecError
 from lowbits.optim import _compiled
@@ -130,6 +131,7 @@ class CodecOptimizer(torch.optim.Optimizer):
             for index, p in enumerate(group["params"]):
                 yield Target(p, group, f"{number}.{index}")
 
+    @_disable_dynamo  # as torch's own methods; its trace rounds scalars otherwise, and this is compiled already
     def _step_(self, targets: Sequence[Target]) -> None:
         """Update parameters that have gradients."""
         targets = [target for target in targets if target.parameter.numel()]
