@@ -24,7 +24,7 @@ from lowbits.optim import AdamW, AdamW8bit, CodecOptimizer, step_in_backward
 from lowbits.quantizers import Rounding
 
 GIB, LENGTH, WIDTHS = 2**30, 1024, range(512, 12289, 128)
-BUDGETS = (8, 16, 24, 80, 139)
+BUDGETS = (8, 16, 24, 80, 139)  # the last is what an H200 has
 RESERVED = GIB
 """Of every budget: CUDA's context, the libraries' workspaces, and what the allocator cannot hand out."""
 

@@ -12,6 +12,7 @@ WIDTH, PANEL, LEFT, TOP, ROW, BOTTOM = 860, 340, 74, 104, 46, 46
 LOW, HIGH = 0.15e9, 60e9
 TICKS = (0.2e9, 0.5e9, 1e9, 2e9, 5e9, 10e9, 20e9, 50e9)
 COLOURS = ("#6b7280", "#93c5fd", "#3b82f6", "#fdba74", "#ea580c")
+TITLE = "Parameters of the largest model that trains: 1024 tokens, activation checkpointing"
 INK, FAINT, PAPER = "#1f2937", "#e5e7eb", "#ffffff"
 
 
@@ -26,8 +27,9 @@ def position(parameters: float) -> float:
 
 
 def short(parameters: float) -> str:
-    """Return a number of parameters in billions, two digits."""
-    return f"{parameters / 1e9:.2g} B" if parameters < 9.95e9 else f"{parameters / 1e9:.0f} B"
+    """Return a number of parameters in billions."""
+    digits = 2 if parameters < 0.995e9 else 1 if parameters < 9.95e9 else 0
+    return f"{parameters / 1e9:.{digits}f} B"
 
 
 def legend(setups: Sequence[str]) -> Iterator[str]:
@@ -44,7 +46,7 @@ def panel(left: float, family: str, rows: Sequence[dict[str, Any]], setups: Sequ
     for tick in TICKS:
         x = left + position(tick)
         yield f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{end}" stroke="{FAINT}"/>'
-        yield text(x, end + 18, short(tick))
+        yield text(x, end + 18, f"{tick / 1e9:g} B")
     for number, budget in enumerate(budgets):
         y = TOP + ROW * (number + 0.5)
         found = {row["setup"]: row["parameters"] for row in rows if row["gib"] == budget and "parameters" in row}
@@ -71,7 +73,14 @@ def draw(rows: Sequence[dict[str, Any]], setups: Sequence[str]) -> str:
     height = TOP + ROW * len(budgets) + BOTTOM
     parts: list[str | Iterable[str]] = [
         f'<rect width="{WIDTH}" height="{height}" rx="8" fill="{PAPER}"/>',
-        text(20, 28, "Largest model that trains, parameters, one sequence of 1024 tokens", "start", 15, 600),
+        text(
+            20,
+            28,
+            "Parameters of the largest model that trains: 1024 tokens, activation checkpointing",
+            "start",
+            15,
+            600,
+        ),
         legend(setups),
         [text(LEFT - 10, TOP + ROW * (i + 0.5) + 4, f"{b} GiB", "end", 12, 600) for i, b in enumerate(budgets)],
     ]
