@@ -20,30 +20,26 @@ enum { LARGEST = 4096 + 272 };
 static inline float float_of(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
 static inline uint32_t bits_of(float x) { uint32_t bits; memcpy(&bits, &x, 4); return bits; }
 
-static void rule(int n, float *restrict p, const float *restrict g, float (*restrict m)[LARGEST], const float *restrict h) {
+static void rule(int n, float *restrict p, const float *restrict g, float *const *m, const float *restrict h) {
     RULE
 }
 
 // --- floats ----------------------------------------------------------------------------------------------------------
 
-static void load(float *restrict out, int64_t from, int64_t kind, int64_t first, int n) {
-    if (kind == FLOAT32) {
-        memcpy(out, (const float *)from + first, 4 * n);
-    } else {
-        const uint16_t *restrict x = (const uint16_t *)from + first;
-        for (int i = 0; i < n; i++) out[i] = float_of((uint32_t)x[i] << 16);
-    }
+// Float32 is worked on in place: copies of a thousand bytes cost more than the whole rule.
+static float *load(float *restrict buffer, int64_t from, int64_t kind, int64_t first, int n) {
+    if (kind == FLOAT32) return (float *)from + first;
+    const uint16_t *restrict x = (const uint16_t *)from + first;
+    for (int i = 0; i < n; i++) buffer[i] = float_of((uint32_t)x[i] << 16);
+    return buffer;
 }
 
 static void store(int64_t to, const float *restrict x, int64_t kind, int64_t first, int n) {
-    if (kind == FLOAT32) {
-        memcpy((float *)to + first, x, 4 * n);
-    } else {
-        uint16_t *restrict out = (uint16_t *)to + first;
-        for (int i = 0; i < n; i++) {  // to the nearest, ties to even; NaN stays NaN
-            uint32_t bits = bits_of(x[i]), rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
-            out[i] = (uint16_t)((bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : rounded);
-        }
+    if (kind == FLOAT32) return;
+    uint16_t *restrict out = (uint16_t *)to + first;
+    for (int i = 0; i < n; i++) {  // to the nearest, ties to even; NaN stays NaN
+        uint32_t bits = bits_of(x[i]), rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+        out[i] = (uint16_t)((bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : rounded);
     }
 }
 
@@ -176,16 +172,19 @@ static void encode_block(const float *restrict x, const int64_t *moment, int64_t
 
 static void update_block(const int64_t *row, int64_t block) {
     float buffer[2 + MOMENTS][LARGEST];
-    float *p = buffer[0], *g = buffer[1], (*m)[LARGEST] = buffer + 2;
     int64_t first = block * row[BLOCK], left = row[NUMEL] - first;
     int n = (int)(left < row[BLOCK] ? left : row[BLOCK]);
-    float factor = float_of((uint32_t)row[FACTOR]);
-    load(p, row[PARAMETER], row[P_KIND], first, n);
-    load(g, row[GRADIENT], row[G_KIND], first, n);
-    if (factor != 1) for (int i = 0; i < n; i++) g[i] *= factor;
+    float factor = float_of((uint32_t)row[FACTOR]), *m[MOMENTS + 1];
+    float *p = load(buffer[0], row[PARAMETER], row[P_KIND], first, n);
+    float *g = load(buffer[1], row[GRADIENT], row[G_KIND], first, n);
+    if (factor != 1) {
+        for (int i = 0; i < n; i++) buffer[1][i] = g[i] * factor;
+        g = buffer[1];
+    }
     for (int k = 0; k < MOMENTS; k++) {
         const int64_t *moment = row + HEAD + k * MOMENT_COLUMNS;
-        if (moment[KIND] <= BFLOAT16) load(m[k], moment[DATA], moment[KIND], first, n);
+        m[k] = buffer[2 + k];
+        if (moment[KIND] <= BFLOAT16) m[k] = load(m[k], moment[DATA], moment[KIND], first, n);
         else decode_block(m[k], moment, block, first, n);
     }
     rule(n, p, g, m, (const float *)row[SCALARS]);
