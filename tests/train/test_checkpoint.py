@@ -9,11 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowbits.errors import CheckpointError, RunError
+from lowbits.formats import UDYNAMIC8
+from lowbits.optim import AdamW, Blockwise
 from lowbits.train import checkpoints, newest_intact, train, verify
 from lowbits.train._checkpoint import write_checkpoint
+from lowbits.train._state import LAYOUTS, OPTIMIZER, _layouts, _load_optimizer_
 from tests.train.tiny import STOCHASTIC, tiny_run
 
 
@@ -100,8 +105,6 @@ def test_transformers_loads_a_checkpoint_and_codes_stay_codes(tiny_tokens: Path,
     assert sum(p.numel() for p in model.parameters()) == result["parameters"]
     ids = tokenizer("import json", return_tensors="pt").input_ids
     assert model(ids).logits.isfinite().all()
-    from safetensors.torch import load_file
-
     state = load_file(checkpoint / "optimizer.safetensors")
     weight = "transformer.h.0.mlp.c_fc.weight"
     for moment in ("first", "second"):
@@ -138,3 +141,12 @@ def test_another_architecture_is_refused(tiny_tokens: Path, tmp_path: Path) -> N
     with pytest.raises(CheckpointError, match="is of another architecture") as raised:
         train(run, tmp_path / "narrow", resume=True)
     assert "\n" not in str(raised.value)
+
+
+def test_moments_that_are_stored_in_another_way_are_refused(tmp_path: Path) -> None:
+    model = nn.Linear(16, 16)
+    theirs, ours = (AdamW(model.parameters(), second=Blockwise(UDYNAMIC8, size)) for size in (128, 256))
+    save_file({}, tmp_path / OPTIMIZER, metadata={LAYOUTS: json.dumps(_layouts(theirs))})
+    _load_optimizer_(tmp_path, model, theirs, {})
+    with pytest.raises(CheckpointError, match="group 0, second is stored as .*blocks of 128', .*blocks of 256'"):
+        _load_optimizer_(tmp_path, model, ours, {})

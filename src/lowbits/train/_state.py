@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 OPTIMIZER = "optimizer.safetensors"
 TRAINER = "trainer.json"
+LAYOUTS = "layouts"  # one entry: safetensors writes several in any order, and equal checkpoints are equal files
 
 
 @dataclass
@@ -73,7 +74,9 @@ def save_state(
 
     logging.disable_progress_bar()  # a bar for every checkpoint would tear the training's own apart
     model.save_pretrained(folder)
-    save_file(_optimizer_tensors(model, optimizer), folder / OPTIMIZER)
+    save_file(
+        _optimizer_tensors(model, optimizer), folder / OPTIMIZER, metadata={LAYOUTS: json.dumps(_layouts(optimizer))}
+    )
     text = json.dumps({"progress": asdict(progress), "run": run}, indent=2, allow_nan=False)
     (folder / TRAINER).write_text(text + "\n", encoding="utf-8")
 
@@ -157,9 +160,25 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
     }
 
 
+def _layouts(optimizer: torch.optim.Optimizer) -> dict[str, str]:
+    """How each group stores its moments, in words; these go into the header of the file."""
+    groups = enumerate(optimizer.state_dict()["param_groups"])
+    return {f"group {i}, {key}": text for i, group in groups for key, text in group.items() if isinstance(text, str)}
+
+
 def _load_optimizer_(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
 ) -> None:
+    from safetensors import safe_open
+
+    with safe_open(folder / OPTIMIZER, "pt") as file:
+        theirs = json.loads((file.metadata() or {}).get(LAYOUTS, "{}"))
+    for key, layout in _layouts(optimizer).items():
+        if theirs.get(key, layout) != layout:
+            raise CheckpointError(
+                f"{folder}: {key} is stored as {theirs[key]!r}, this version stores it as {layout!r}. Resume with the "
+                "version of lowbits that wrote it."
+            )
     numbers = {name: index for index, name in enumerate(_names(model, optimizer))}
     state: dict[int, dict[str, Any]] = {}
     for key, value in tensors.items():
