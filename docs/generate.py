@@ -222,22 +222,6 @@ def gaps(scale: str) -> str:
 
 
 def steps() -> str:
-    """Every arm of benchmarks/linear_recipes.py on the H200: time of a step and its ratio to bf16, eager and compiled."""
-    path = ROOT / "benchmarks" / "results" / "nvidia-h200" / "linear_recipes.json"
-    found = json.loads(path.read_text(encoding="utf-8"))["steps"]
-    rows = []
-    for name in dict.fromkeys(key.rpartition(", ")[0] for key in found):
-        eager, compiled = (found.get(f"{name}, {how}") for how in ("eager", "compiled"))
-        rows.append([name, (eager or compiled)["execution"], *timed(eager), *timed(compiled)])
-    return table(["arm", "execution", "eager, ms", "over bf16", "compiled, ms", "over bf16"], rows)
-
-
-def timed(step: dict[str, Any] | None) -> tuple[str, str]:
-    """Return time and ratio of a step, dashes for one that was not measured."""
-    return (f"{step['ms']:.1f}", f"{step['time_over_bf16']:.2f}") if step else ("-", "-")
-
-
-def steps() -> str:
     """Every arm of benchmarks/linear_recipes.py on the H200: time of a step, and its ratio to bf16's."""
     path = ROOT / "benchmarks" / "results" / "nvidia-h200" / "linear_recipes.json"
     found = json.loads(path.read_text(encoding="utf-8"))["steps"]
@@ -440,7 +424,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "checks gpu": partial(checks, "gpu"),
     "gaps cpu": partial(gaps, "cpu"),
     "gaps gpu": partial(gaps, "gpu"),
-    "steps gpu": steps,
     "steps gpu": steps,
     "tree": tree,
     "eightbit checks": eightbit_checks,
