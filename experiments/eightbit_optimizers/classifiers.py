@@ -23,7 +23,7 @@ from lowbits.optim import SGD, AdamW, AdamW8bit, SGD8bit, param_groups
 ARMS = ("32-bit", "8-bit")
 
 # --- images ---------------------------------------------------------------------------------------------------------
-IMAGE_EPOCHS, IMAGE_BATCH, IMAGE_LR, IMAGE_DECAY, MOMENTUM = 3, 128, 0.1, 5e-4, 0.9
+IMAGE_EPOCHS, IMAGE_BATCH, IMAGE_LR, IMAGE_DECAY, MOMENTUM = 8, 128, 0.1, 5e-4, 0.9
 MEAN, DEVIATION = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
 
