@@ -29,7 +29,7 @@ def adagrad_update(p: Tensor, g: Tensor, moments: tuple[Tensor, ...], h: Scalars
     """
     g = g + h["decay"] * p
     v = (moments[0] + h["start"]) + g * g
-    return p - (h["lr"] / h["slowing"]) * (g / (root(v) + h["eps"])), (v,)
+    return p - (h["lr"] / h["slowing"]) * (g * (1 / (root(v) + h["eps"]))), (v,)
 
 
 def _constants(group: Mapping[str, Any], t: int) -> dict[str, float]:

@@ -44,7 +44,7 @@ def _adam_step(p: Tensor, g: Tensor, moments: tuple[Tensor, ...], h: Scalars) ->
     m = m + h["rest1"] * (g - m)
     v = h["beta2"] * v + (h["rest2"] * g) * g
     denominator = root(v) * (1 / root(h["c_beta2"])) + h["eps"]
-    return p - (h["lr"] / h["c_beta1"]) * (m / denominator), (m, v)
+    return p - (h["lr"] / h["c_beta1"]) * (m * (1 / denominator)), (m, v)
 
 
 def _constants(group: Mapping[str, Any], t: int) -> dict[str, float]:

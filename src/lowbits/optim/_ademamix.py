@@ -37,7 +37,7 @@ def ademamix_update(p: Tensor, g: Tensor, moments: tuple[Tensor, ...], h: Scalar
     v = h["beta2"] * v + (h["rest2"] * g) * g
     denominator = root(v) * (1 / root(h["c_beta2"])) + h["eps"]
     mixed = m * (1 / h["c_beta1"]) + h["alpha"] * slow
-    return p * (1 - h["lr"] * h["decay"]) - h["lr"] * (mixed / denominator), (m, slow, v)
+    return p * (1 - h["lr"] * h["decay"]) - h["lr"] * (mixed * (1 / denominator)), (m, slow, v)
 
 
 def slow_beta(t: int, beta1: float, beta3: float, t_beta3: int | None) -> float:

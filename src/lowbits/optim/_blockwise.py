@@ -73,6 +73,17 @@ def dynamic_codes(y: Tensor, signed: bool) -> Tensor:
     return torch.where(y > 0, torch.round((j - shift) + n) - 1, 0).to(torch.uint8)
 
 
+def order(x: Tensor) -> Tensor:
+    """Return int64 numbers in the order of float32 numbers: their bits, those of negative ones turned round."""
+    bits = x.view(torch.int32).long()
+    return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+def _float_at(place: Tensor) -> Tensor:
+    """The inverse of `order`."""
+    return torch.where(place < 0, place ^ 0x7FFFFFFF, place).to(torch.int32).view(torch.float32)
+
+
 @cache
 def _digest(points: tuple[float, ...]) -> str:
     return hashlib.sha256(struct.pack(f"<{len(points)}f", *points)).hexdigest()[:16]
@@ -126,6 +137,22 @@ class Blockwise:
         """What each code stands for in a block of scale 1; float32."""
         values = torch.tensor(self.format.code_values, dtype=torch.float32)
         return tuple((values * (1 / self.format.max)).nan_to_num(nan=0.0).tolist())
+
+    def ends(self) -> Tensor:
+        """Return how far each code but the last reaches.
+
+        Returns:
+            int64 [codes - 1], ascending: the largest y with this code or a lower one, as `order` counts the floats.
+        """
+        top = int(order(torch.tensor(1 + 2**-22)))
+        low = -top if self.format.min < 0 else 0
+        codes = torch.arange(2**self.format.bits - 1)
+        below, above = torch.full_like(codes, low - 1), torch.full_like(codes, top)
+        while (below < above).any():
+            middle = (below + above + 1) // 2
+            inside = self._codes(_float_at(middle)).long() <= codes
+            below, above = torch.where(inside, middle, below), torch.where(inside, above, middle - 1)
+        return below[below < top]
 
     def init(self, like: Tensor) -> Stored:
         """See `StateCodec.init`."""

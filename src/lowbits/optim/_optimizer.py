@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from lowbits.errors import SpecError
-from lowbits.optim import _compiled
+from lowbits.optim import _compiled, _multi_tensor
 from lowbits.optim._checkpoint import by_parameter, check_layouts, check_same_groups, check_state, restored_rate
 from lowbits.optim._checks import check_betas as check_betas
 from lowbits.optim._checks import check_gradient, check_group, check_options, check_parameters
@@ -123,13 +123,18 @@ class CodecOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._step_([target for target in self._targets() if target.parameter.grad is not None])
+        if not self._repeat_():
+            self._step_([target for target in self._targets() if target.parameter.grad is not None])
         return loss
 
     def _targets(self) -> Iterator[Target]:
         for number, group in enumerate(self.param_groups):
             for index, p in enumerate(group["params"]):
                 yield Target(p, group, f"{number}.{index}")
+
+    @_disable_dynamo
+    def _repeat_(self) -> bool:
+        return _multi_tensor.repeat_(self)
 
     @_disable_dynamo  # as torch's own methods; its trace rounds scalars otherwise, and this is compiled already
     def _step_(self, targets: Sequence[Target]) -> None:
@@ -139,6 +144,9 @@ class CodecOptimizer(torch.optim.Optimizer):
             return
         for target in targets:
             self._prepare_(target)
+        targets = _multi_tensor.update_(self, targets)
+        if not targets:
+            return
         factors = self._gradient_factors(targets)
         work: list[tuple[Target, Tensor | None]] = [(target, None) for target in targets]
         if factors is not None:
@@ -252,6 +260,7 @@ class CodecOptimizer(torch.optim.Optimizer):
         Raises:
             CheckpointError: the state does not fit this optimizer's parameters and codecs; nothing is changed then.
         """
+        _multi_tensor.forget(self)
         check_same_groups(state_dict, self.param_groups)
         state_dict = translated(state_dict, self)
         check_layouts(state_dict, [{key: group[key] for key in self.stores} for group in self.param_groups])

@@ -29,7 +29,7 @@ def rmsprop_update(p: Tensor, g: Tensor, moments: tuple[Tensor, ...], h: Scalars
     """
     g = g + h["decay"] * p
     v = h["alpha"] * moments[0] + (h["rest"] * g) * g
-    return p - h["lr"] * (g / (root(v) + h["eps"])), (v,)
+    return p - h["lr"] * (g * (1 / (root(v) + h["eps"]))), (v,)
 
 
 def _constants(group: Mapping[str, Any], t: int) -> dict[str, float]:

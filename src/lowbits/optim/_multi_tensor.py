@@ -1,0 +1,435 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Update all parameters of an optimizer in two or three launches; see `lowbits.kernels.optimizer`.
+
+Tables on the device say where everything lies. They are built when other parameters have gradients than before;
+afterwards a step compares addresses, sends what changed (as a rule the learning rate alone), and launches. Nothing
+waits for the device.
+
+Which parameters: float32, bfloat16 and float16 ones on CUDA, contiguous, under an element-wise rule, with moments in
+float32 or in `Blockwise` codes of one block size. The rest is left to the other paths.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary, proxy
+
+import torch
+from torch import Tensor
+
+from lowbits.formats import DYNAMIC4, DYNAMIC8, E4M3, E4M3_NO_UNDERFLOW, INT8, UDYNAMIC8, UINT8_NO_ZERO, ULINEAR4
+from lowbits.optim._blockwise import Blockwise
+from lowbits.optim._clipping import GlobalNorm
+from lowbits.optim._codec import FLOAT32, StateCodec
+from lowbits.optim._sharding import first_element, is_sharded
+from lowbits.quantizers import Noise, Rounding
+
+if TYPE_CHECKING:
+    from lowbits.optim._optimizer import CodecOptimizer, Target
+
+_KINDS = {
+    DYNAMIC8: "SIGNED", UDYNAMIC8: "UNSIGNED", DYNAMIC4: "SIGNED4", ULINEAR4: "ULINEAR4", INT8: "INT8",
+    UINT8_NO_ZERO: "UINT8_NO_ZERO", E4M3: "E4M3", E4M3_NO_UNDERFLOW: "E4M3_NO_UNDERFLOW",
+}  # fmt: skip
+_FLOATS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+_EXACT_BLOCK = 256
+_TILES = 16  # that one program of `update` works on, one after the other
+_WARP_TILE = 512  # elements of a tile that one warp works on
+_PARTIALS = 1024  # programs, and partial sums, of the gradient norm
+_SPAN = 4096  # elements that one of them reads at a time
+_ROWS = 128  # that one program of `prepare` works on
+
+
+@cache
+def _kernels() -> ModuleType | None:
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from lowbits.kernels import optimizer
+
+    return optimizer
+
+
+def _usable(device: torch.device) -> bool:
+    """Whether the kernels run on a device: CUDA, or a CPU where Triton interprets them, which only tests ask for."""
+    if device.type == "cuda":
+        return _kernels() is not None
+    loaded = sys.modules.get("lowbits.kernels.optimizer")
+    return loaded is not None and bool(loaded.rules.INTERPRETED)
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What parameters of one launch of `update` have in common."""
+
+    rule: str
+    codecs: tuple[StateCodec, ...]
+    size: int
+    parameter: torch.dtype
+    gradient: torch.dtype
+    aligned: bool
+    stochastic: bool
+
+
+@dataclass
+class Bucket:
+    """The rows of one launch; `mixed`: some of them have float32 moments where the others have codes."""
+
+    signature: Signature
+    rows: list[int] = field(default_factory=list)
+    chunks: Tensor | None = None
+    mixed: bool = False
+
+
+def update_(optimizer: CodecOptimizer, targets: Sequence[Target]) -> Sequence[Target]:
+    """Update those parameters that the kernels know how to.
+
+    Args:
+        optimizer: whose state has been made.
+        targets: parameters with gradients.
+    Returns:
+        The rest, untouched; all of it where the rest is not empty but the gradients must be scaled together.
+    """
+    if torch.compiler.is_compiling() or not any(_usable(t.parameter.device) for t in targets[:1]):
+        return targets
+    members = [(target, _signature(optimizer, target)) for target in targets]
+    taken = [(target, signature) for target, signature in members if signature is not None]
+    devices = {target.parameter.device for target, _ in taken}
+    if not taken or len(devices) > 1:
+        return targets
+    rest = [target for target, signature in members if signature is None]
+    if rest and _scaled(optimizer):
+        return targets
+    mine = _built.setdefault(optimizer, {})
+    name = tuple(id(target.parameter) for target, _ in taken)
+    known = mine.get(name)
+    if known is None or not known.refresh():
+        known = mine[name] = Tables(optimizer, taken)
+        fits = known.refresh()
+        assert fits, "tables that were built just now fit"
+    known.launch()
+    if not rest:
+        mine[_LAST] = known
+    return rest
+
+
+def repeat_(optimizer: CodecOptimizer) -> bool:
+    """Do the step as the last one was done; False where other parameters have gradients now."""
+    known = _built.get(optimizer, {}).get(_LAST)
+    if known is None or not known.covers_all() or not known.refresh():
+        return False
+    known.launch()
+    return True
+
+
+def forget(optimizer: CodecOptimizer) -> None:
+    """Drop what was built: states or groups are others now."""
+    _built.pop(optimizer, None)
+
+
+_LAST = ()
+_built: WeakKeyDictionary[CodecOptimizer, dict[tuple[int, ...], Tables]] = WeakKeyDictionary()
+
+
+def _scaled(optimizer: CodecOptimizer) -> bool:
+    return optimizer.clip is not None or getattr(optimizer, "found_inf", None) is not None
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return getattr(tensor, "_local_tensor", tensor)
+
+
+def _signature(optimizer: CodecOptimizer, target: Target) -> Signature | None:
+    """Return the launch that a parameter belongs to, or None where the kernels cannot update it."""
+    p, g = _local(target.parameter), _local(target.parameter.grad)  # type: ignore[arg-type]
+    found = _kernels() if _usable(p.device) else None
+    rule = optimizer.rule_of(target.group)
+    whole_tensors = type(optimizer)._new is not _base()._new
+    if found is None or whole_tensors or not hasattr(found.rules, rule.name):
+        return None
+    # Small tensors keep float32 moments, but share the launch of the others of their group.
+    small = p.numel() < target.group["min_8bit_size"]
+    codecs = optimizer.codecs(target.parameter, target.group)
+    if small:
+        codecs = {moment: target.group[moment] for moment in codecs}
+    sizes = {codec.size for codec in codecs.values() if isinstance(codec, Blockwise)} or {_EXACT_BLOCK}
+    known = all(codec == FLOAT32 or _kind(codec) for codec in codecs.values())
+    fits = (
+        known and len(sizes) == 1 and {p.dtype, g.dtype} <= _FLOATS.keys()
+        and g.device == p.device and p.is_contiguous() and g.is_contiguous() and p.numel() > 0
+    )  # fmt: skip
+    if not fits:
+        return None
+    state = optimizer.state[target.parameter]
+    stored = [_local(t).data_ptr() for name, t in state.items() if "." in name]
+    aligned = p.numel() % 16 == 0 and all(a % 16 == 0 for a in (p.data_ptr(), g.data_ptr(), *stored))
+    stochastic = optimizer.rounding is Rounding.STOCHASTIC and p.dtype == torch.bfloat16
+    return Signature(rule.name, tuple(codecs.values()), sizes.pop(), p.dtype, g.dtype, aligned, stochastic)
+
+
+@cache
+def _base() -> type:
+    from lowbits.optim._optimizer import CodecOptimizer
+
+    return CodecOptimizer
+
+
+def _kind(codec: StateCodec) -> str | None:
+    return _KINDS.get(codec.format) if isinstance(codec, Blockwise) else None
+
+
+class Tables:
+    """Everything that the launches of one set of parameters on one device need.
+
+    Args:
+        optimizer: whose parameters these are; their states exist.
+        members: what is updated, with the signature of each.
+    """
+
+    def __init__(self, optimizer: CodecOptimizer, members: Sequence[tuple[Target, Signature]]) -> None:
+        k = _kernels()
+        assert k is not None
+        # A proxy: the tables are kept as long as the optimizer lives, and must not keep it alive.
+        self.k, self.optimizer, self.targets = k, proxy(optimizer), [target for target, _ in members]
+        self.parameters = [target.parameter for target in self.targets]
+        self.locals = [_local(p) for p in self.parameters]
+        self.device = self.locals[0].device
+        self.groups = list({id(target.group): target.group for target in self.targets}.values())
+        numbers = {id(group): number for number, group in enumerate(self.groups)}
+        self.group_of = [numbers[id(target.group)] for target in self.targets]
+        self.rules = [optimizer.rule_of(group) for group in self.groups]
+        self.sharded = any(is_sharded(p) for p in self.parameters)
+        self.buckets: dict[Signature, Bucket] = {}
+        for row, (target, signature) in enumerate(members):
+            bucket = self.buckets.setdefault(signature, Bucket(signature))
+            bucket.rows.append(row)
+            bucket.mixed |= self._exact(target) and any(codec != FLOAT32 for codec in signature.codecs)
+        self.factored = False
+        self._kept: list[Tensor] = []  # what a CUDA graph copies from must live as long as the graph
+        self._sent: dict[str, object] = {}
+        self._allocate()
+        self._fill()
+        # Where constants change with t, the host counts along; a step that the device skips counts here all the same.
+        self.scheduled = any(
+            rule.constants(group, 1) != rule.constants(group, t)
+            for rule, group in zip(self.rules, self.groups, strict=True) for t in (2, 2**24)
+        )  # fmt: skip
+        states = [optimizer.state[p]["step"] for p in self.parameters]
+        self.times = torch.stack(states).tolist() if self.scheduled else []
+
+    def _exact(self, target: Target) -> bool:
+        return all(codec == FLOAT32 for codec in self.optimizer.codecs(target.parameter, target.group).values())
+
+    def _allocate(self) -> None:
+        rows, device = len(self.targets), self.device
+        self.rows = torch.zeros(rows, int(self.k.COLUMNS), dtype=torch.int64, device=device)
+        self.scalars = torch.zeros(rows, int(self.k.WIDTH), device=device)
+        self.bases = torch.zeros(rows, 2, dtype=torch.float64, device=device)
+        self.factors = torch.ones(rows, device=device)
+        self.rates = torch.zeros(len(self.groups), device=device)
+        self.partial = torch.zeros(_PARTIALS, dtype=torch.float64, device=device)
+        self.limit = torch.zeros((), dtype=torch.float64, device=device)
+        codecs = {codec for signature in self.buckets for codec in signature.codecs if isinstance(codec, Blockwise)}
+        self.points: dict[StateCodec, Tensor] = {c: torch.tensor(c.points, device=device) for c in codecs}
+        tables = {codec: _steps(codec).to(device) for codec in codecs if _kind(codec) in _SHIFTS}
+        self.steps: dict[StateCodec, Tensor] = {codec: table[len(table) // 2 :] for codec, table in tables.items()}
+        self.zero = torch.zeros(16, dtype=torch.int32, device=device)
+
+    def _fill(self) -> None:
+        k = self.k
+        self.table = torch.zeros(self.rows.shape, dtype=torch.int64)
+        for row, target in enumerate(self.targets):
+            p, state, lr = target.parameter, self.optimizer.state[target.parameter], target.group["lr"]
+            rate = lr if self._reads(lr) else self.rates[self.group_of[row]]
+            low, high = Noise.of(self.optimizer.seed, target.name, "weight").key
+            stochastic = self.optimizer.rounding is Rounding.STOCHASTIC
+            known = {
+                k.NUMEL: self.locals[row].numel(), k.STEP: state["step"].data_ptr(), k.LR: rate.data_ptr(),
+                k.FACTOR: self.factors[row].data_ptr(), k.KEY: _signed(int(low) | int(high) << 32),
+                k.OFFSET: first_element(p) if stochastic else 0, k.EXACT: int(self._exact(target)),
+            }  # fmt: skip
+            for index, moment in enumerate(self.optimizer.rule_of(target.group).moments):
+                parts = [_local(t).data_ptr() for name, t in state.items() if name.startswith(moment + ".")]
+                known |= {k.MOMENTS + 2 * index + i: address for i, address in enumerate(parts)}
+            for column, value in known.items():
+                self.table[row, int(column)] = value
+        numel = self.table[:, int(k.NUMEL)]
+        for signature, bucket in self.buckets.items():
+            span = signature.size * _blocks(signature.size) * _TILES
+            bucket.chunks = _chunks(bucket.rows, numel, span, signature.size).to(self.device)
+        every = [row for bucket in self.buckets.values() for row in bucket.rows]
+        self.norm_chunks = _chunks(every, numel, _SPAN, _SPAN).to(self.device)
+
+    # --- each step --------------------------------------------------------------------------------------------------
+
+    def covers_all(self) -> bool:
+        """Whether no other parameter of the optimizer has a gradient."""
+        having = sum(p.grad is not None for group in self.optimizer.param_groups for p in group["params"])
+        return having == len(self.parameters)
+
+    def refresh(self) -> bool:
+        """Send what has changed since the last step; False where the tables no longer fit."""
+        gradients = []
+        for p in self.parameters:
+            if p.grad is None:
+                return False
+            gradients.append(getattr(p.grad, "_local_tensor", p.grad))
+        addresses = ([p.data_ptr() for p in self.locals], [g.data_ptr() for g in gradients])
+        if self._sent.get("addresses") != addresses:
+            if not self._fits(gradients, addresses[1]):
+                return False
+            self.table[:, 0], self.table[:, 1] = torch.tensor(addresses[0]), torch.tensor(addresses[1])
+            self._send("addresses", addresses, self.rows, self.table)
+        sources = [lr.data_ptr() if self._reads(lr := group["lr"]) else None for group in self.groups]
+        if self._sent.setdefault("sources", sources) != sources:
+            return False
+        rates = [0.0 if self._reads(lr := group["lr"]) else float(lr) for group in self.groups]
+        self._send("rates", rates, self.rates, rates)
+        constants = self._constants()
+        if self._sent.get("constants") != constants:
+            self._send("constants", constants, self.scalars, self._by_row(self.scalars.shape[1], constants, 0.0))
+            rules = self.rules if not self.scheduled else [self.rules[number] for number in self.group_of]
+            bases = [[c[b] for b in rule.corrections] for rule, c in zip(rules, constants, strict=True)]
+            if any(bases):
+                self._send("bases", constants, self.bases, self._by_row(2, bases))
+        return True
+
+    def _reads(self, lr: float | Tensor) -> bool:
+        """Whether the kernels read a learning rate where it lies; others are sent."""
+        return isinstance(lr, Tensor) and lr.device == self.device and lr.dtype == torch.float32
+
+    def _constants(self) -> list[dict[str, float]]:
+        """By group, or by row where they change with the step."""
+        if not self.scheduled:
+            return [rule.constants(group, 1) for rule, group in zip(self.rules, self.groups, strict=True)]
+        self.times = [t + 1 for t in self.times]
+        rows = zip(self.group_of, self.times, strict=True)
+        return [self.rules[number].constants(self.groups[number], int(t)) for number, t in rows]
+
+    def _by_row(self, width: int, values: Sequence[Any], *before: float) -> Tensor:
+        whole = torch.zeros(len(values), width, dtype=torch.float64)
+        for row, value in enumerate(values):
+            numbers = [*before, *(value.values() if isinstance(value, Mapping) else value)]
+            whole[row, : len(numbers)] = torch.tensor(numbers, dtype=torch.float64)
+        return whole if self.scheduled else whole[torch.tensor(self.group_of)]
+
+    def _fits(self, gradients: Sequence[Tensor], addresses: Sequence[int]) -> bool:
+        for signature, bucket in self.buckets.items():
+            for row in bucket.rows:
+                g, p = gradients[row], self.locals[row]
+                alike = g.dtype == signature.gradient and g.shape == p.shape and g.device == p.device
+                if not alike or not g.is_contiguous() or (signature.aligned and addresses[row] % 16):
+                    return False
+        return True
+
+    def _send(self, name: str, value: object, to: Tensor, values: Tensor | Sequence[float]) -> None:
+        """Copy from pinned memory, in stream order, without waiting; nothing where nothing changed."""
+        if self._sent.get(name) == value:
+            return
+        self._sent[name] = value
+        values = torch.as_tensor(values).to(to.dtype)
+        if to.device.type == "cuda":
+            values = values.pin_memory()
+            if torch.cuda.is_current_stream_capturing():
+                self._kept.append(values)
+        to.copy_(values, non_blocking=True)
+
+    def launch(self) -> None:
+        """Launch the step: the norm where it is asked for, what is common, and every bucket."""
+        k, clip = self.k, self.optimizer.clip
+        scale, found_inf = getattr(self.optimizer, "grad_scale", None), getattr(self.optimizer, "found_inf", None)
+        dtypes = {signature.gradient for signature in self.buckets}
+        within = clip is None or (isinstance(clip, GlobalNorm) and not self.sharded and len(dtypes) == 1)
+        if within and self.factored:
+            self.factors.fill_(1.0)
+        self.factored = not within
+        if not within:
+            factors = self.optimizer._gradient_factors(self.targets)
+            assert factors is not None
+            self.factors.copy_(factors.expand(len(self.targets)))
+            clip = scale = found_inf = None
+        if clip is not None:
+            self._send("limit", clip.limit, self.limit, torch.tensor(clip.limit))
+            k.squares[(_PARTIALS,)](
+                self.rows, self.norm_chunks, len(self.norm_chunks), self.partial, G_TYPE=self._type(dtypes.pop()),
+                SPAN=_SPAN, ALIGN=16 if all(s.aligned for s in self.buckets) else 1, num_warps=8,
+                enable_fp_fusion=False,
+            )  # fmt: skip
+        one = self.factors
+        width = 1 + max(len(rule.constants(g, 1)) for rule, g in zip(self.rules, self.groups, strict=True))
+        k.prepare[(-(-len(self.targets) // _ROWS),)](
+            self.rows, self.scalars, self.bases, len(self.targets), self.partial, self.limit,
+            one if scale is None else scale.to(self.device), one if found_inf is None else found_inf.to(self.device),
+            CLIP=clip is not None, SCALED=found_inf is not None, PARTIALS=_PARTIALS,
+            CORRECTIONS=max(len(rule.corrections) for rule in self.rules), FIRST=width, TILE=_ROWS,
+            enable_fp_fusion=False,
+        )  # fmt: skip
+        for bucket in self.buckets.values():
+            self._update(bucket)
+
+    def _update(self, bucket: Bucket) -> None:
+        k, s = self.k, bucket.signature
+        kinds = [getattr(k, _kind(codec) or "FLOAT32") for codec in s.codecs] + [k.NONE] * (3 - len(s.codecs))
+        unread = 3 - len(s.codecs)
+        points = [self.points.get(codec, self.scalars) for codec in s.codecs] + [self.scalars] * unread
+        tables = [self.steps.get(codec, self.zero) for codec in s.codecs] + [self.zero] * unread
+        nb, block = _blocks(s.size), _power_of_two(s.size)
+        assert bucket.chunks is not None
+        k.update[(len(bucket.chunks),)](
+            self.rows, self.scalars, bucket.chunks, *points, *tables, RULE=getattr(k.rules, s.rule),
+            A=kinds[0], B=kinds[1], C=kinds[2], MIXED=bucket.mixed, P_TYPE=self._type(s.parameter),
+            G_TYPE=self._type(s.gradient), STOCHASTIC=s.stochastic, SIZE=s.size, BLOCK=block, NB=nb, TILES=_TILES,
+            ALIGN=16 if s.aligned else 1, num_warps=max(1, nb * block // _WARP_TILE), enable_fp_fusion=False,
+        )  # fmt: skip
+
+    def _type(self, dtype: torch.dtype) -> Any:
+        return getattr(self.k.tl, _FLOATS[dtype])
+
+
+_SHIFTS = {"SIGNED": 17, "UNSIGNED": 16, "SIGNED4": 17}
+
+
+@cache
+def _steps(codec: Blockwise) -> Tensor:
+    """Return the table by which the kernels encode a code book.
+
+    The float32 numbers, in their order, are cut into bins of 2^16 (2^17) numbers, in none of which more than one code
+    ends. An entry holds, above these bits, the code of the bin's first number; in them, what must be added to the
+    number's place in the bin to carry into the next code.
+
+    Returns:
+        int32 [2^16] ([2^15]); the middle one is the bin that begins with 0.
+    """
+    kind = _kind(codec)
+    assert kind is not None
+    shift = _SHIFTS[kind]
+    ends, bins = codec.ends(), torch.arange(-(1 << (31 - shift)), 1 << (31 - shift))
+    entries = torch.searchsorted(ends, bins << shift) << shift
+    within = (ends >> shift) + len(bins) // 2
+    assert within.unique().numel() == within.numel(), f"{codec}: two codes end in one bin"
+    entries[within] += ((1 << shift) - 1) - (ends & ((1 << shift) - 1))
+    return entries.to(torch.int32)
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+def _power_of_two(size: int) -> int:
+    return 1 << (size - 1).bit_length()
+
+
+def _blocks(size: int) -> int:
+    """How many blocks make a tile."""
+    return max(1, _WARP_TILE // _power_of_two(size))
+
+
+def _chunks(rows: Sequence[int], numel: Tensor, span: int, unit: int) -> Tensor:
+    """`row << 40 | first unit` for every `span` elements of every row."""
+    parts = [torch.arange(0, -(-int(numel[row]) // span)) * (span // unit) | (row << 40) for row in rows]
+    return torch.cat(parts)

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cases that hold the kernels of an optimizer step to the eager definition, bit for bit.
+
+Run as a program, on CUDA, or on a CPU under Triton's interpreter:
+
+    TRITON_INTERPRET=1 python -m tests.optim.launches
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+
+import lowbits.kernels.optimizer  # noqa: F401  the interpreter's kernels are used where they are loaded
+from lowbits import optim
+from lowbits.formats import DYNAMIC8, E4M3, INT8, UDYNAMIC8, UINT8_NO_ZERO
+from lowbits.optim import AdamW, Blockwise, CodecOptimizer, GlobalNorm, _compiled, _multi_tensor
+from lowbits.quantizers import Rounding
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SHAPES = [(96, 64), (5000,), (100,), (257, 33), (64, 256)]
+Make = Callable[[list[nn.Parameter]], CodecOptimizer]
+
+
+def gradient(p: Tensor, generator: torch.Generator) -> Tensor:
+    """Many magnitudes, so that codes of every decade occur."""
+    spread = 10 ** (torch.randn(p.shape, generator=generator) * 0.5 - 2)
+    return (torch.randn(p.shape, generator=generator) * spread).to(p.dtype).to(p.device)
+
+
+def differences(make: Make, dtype: torch.dtype, shapes: list[tuple[int, ...]], steps: int) -> Iterator[str]:
+    """Run launched and eager steps side by side and say where they differ."""
+    generator = torch.Generator().manual_seed(1)
+    first = [nn.Parameter((torch.randn(s, generator=generator) * 0.1).to(dtype).to(DEVICE)) for s in shapes]
+    second = [nn.Parameter(p.detach().clone()) for p in first]
+    launched, eager = make(first), make(second)
+    for step in range(steps):
+        for p, q in zip(first, second, strict=True):
+            p.grad = gradient(p, generator)
+            q.grad = p.grad.clone()
+        with patch.object(_compiled, "update_", side_effect=AssertionError("not launched")):
+            launched.step()
+        with patch.object(_multi_tensor, "update_", lambda _, targets: targets):
+            eager.step()
+        for p, q, shape in zip(first, second, shapes, strict=True):
+            pairs = {"parameter": (p, q)} | {k: (v, eager.state[q][k]) for k, v in launched.state[p].items()}
+            for name, (x, y) in pairs.items():
+                if not torch.equal(x, y):
+                    yield f"step {step}, {shape}, {name}: {int((x != y).sum())} of {x.numel()}"
+
+
+def adamw(first: Blockwise, second: Blockwise, **options: Any) -> Make:
+    return lambda params: AdamW(params, lr=1e-2, weight_decay=0.1, first=first, second=second, **options)
+
+
+def few_bits(name: str, **options: Any) -> Make:
+    return lambda params: getattr(optim, name)(params, lr=1e-2, **options)
+
+
+BOOKS = (Blockwise(DYNAMIC8), Blockwise(UDYNAMIC8))
+CASES: dict[str, Make] = {
+    "AdamW8bit": few_bits("AdamW8bit", weight_decay=0.1),
+    "float32 moments": lambda params: AdamW(params, lr=1e-2),
+    "clipped": few_bits("AdamW8bit", clip=GlobalNorm(0.05)),
+    "blocks of 64": adamw(Blockwise(DYNAMIC8, 64), Blockwise(UDYNAMIC8, 64)),
+    "blocks of 80": adamw(Blockwise(DYNAMIC8, 80), Blockwise(UDYNAMIC8, 80)),
+    "blocks of 2048": adamw(Blockwise(DYNAMIC8, 2048), Blockwise(UDYNAMIC8, 2048)),
+    "linear": adamw(Blockwise(INT8), Blockwise(UINT8_NO_ZERO)),
+    "AdamW4bit": few_bits("AdamW4bit"),
+    "Adam8bit": few_bits("Adam8bit", weight_decay=0.1),
+    "SGD8bit": few_bits("SGD8bit", momentum=0.9, weight_decay=0.1, dampening=0.5),
+    "SGD8bit nesterov": few_bits("SGD8bit", momentum=0.9, nesterov=True),
+    "RMSprop8bit": few_bits("RMSprop8bit", weight_decay=0.1),
+    "Adagrad8bit": few_bits("Adagrad8bit", lr_decay=0.1, initial_accumulator_value=0.1),
+    "Lion8bit": few_bits("Lion8bit", weight_decay=0.1),
+    "AdEMAMix8bit": few_bits("AdEMAMix8bit", t_alpha=5, t_beta3=5, weight_decay=0.1),
+}
+"""Run with float32 parameters; those below with bfloat16 ones, which the interpreter rounds stochastically alone."""
+ROUNDED: dict[str, Make] = {
+    "stochastic": few_bits("AdamW8bit", rounding=Rounding.STOCHASTIC),
+    "stochastic, blocks of 80": adamw(Blockwise(DYNAMIC8, 80), Blockwise(UDYNAMIC8, 80), rounding=Rounding.STOCHASTIC),
+}
+ON_CUDA: dict[str, Make] = {
+    "bfloat16": few_bits("AdamW8bit"),
+    "AdamWFp8": few_bits("AdamWFp8"),
+    "E4M3": adamw(Blockwise(E4M3), Blockwise(E4M3)),
+}
+
+
+def main() -> None:
+    plans = [(name, make, torch.float32, SHAPES, 3) for name, make in CASES.items()]
+    plans += [(name, make, torch.bfloat16, SHAPES, 3) for name, make in ROUNDED.items()]
+    if DEVICE == "cuda":
+        plans += [(name, make, torch.bfloat16, SHAPES, 3) for name, make in ON_CUDA.items()]
+        plans += [
+            (f"{name}, 4M", CASES[name], torch.float32, [(4096, 1024)], 20)
+            for name in ("AdamW8bit", "AdEMAMix8bit", "AdamW4bit", "Lion8bit", "Adagrad8bit")
+        ]
+    failed = 0
+    for name, make, dtype, shapes, steps in plans:
+        found = next(differences(make, dtype, shapes, steps), None)
+        failed += found is not None
+        print(f"{name}: {found or 'equal'}", flush=True)
+    raise SystemExit(failed)
+
+
+if __name__ == "__main__":
+    main()
