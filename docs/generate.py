@@ -274,8 +274,8 @@ def eightbit_lm() -> str:
     if found is None:
         return ""
     rows = (
-        [f"`{name}`", " ".join(f"{r['loss']:.4f}" if math.isfinite(r["loss"]) else "-" for r in results),
-         f"{found['gaps'][name]:+.4f}", f"{results[0]['state_bytes']:.3f}"]
+        [f"`{name}`", " ".join(f"{r['loss']:.5g}" if math.isfinite(r["loss"]) else "-" for r in results),
+         f"{found['gaps'][name]:+.4f}" if abs(found["gaps"][name]) < 10 else f"{found['gaps'][name]:+.0f}", f"{results[0]['state_bytes']:.3f}"]
         for name, results in found["runs"].items()
     )  # fmt: skip
     made = found["setting"]

@@ -64,7 +64,8 @@ def mean_gap(runs: Runs, name: str, baseline: str, key: str) -> float:
 
 def told(runs: Runs, name: str, baseline: str, key: str) -> str:
     """Return an arm's gaps in words."""
-    return f"{name} {' '.join(f'{gap:+.4f}' for gap in gaps(runs, name, baseline, key))}"
+    found = gaps(runs, name, baseline, key)
+    return f"{name} {' '.join(f'{gap:+.4f}' if abs(gap) < 10 else f'{gap:+.0f}' for gap in found)}"
 
 
 def write(name: str, content: dict[str, object], checks: Sequence[Check], device: torch.device) -> Path:
