@@ -273,11 +273,12 @@ def eightbit_lm() -> str:
     found = eightbit("lm_cpu")
     if found is None:
         return ""
-    rows = (
-        [f"`{name}`", " ".join(f"{r['loss']:.5g}" if math.isfinite(r["loss"]) else "-" for r in results),
-         f"{found['gaps'][name]:+.4f}" if abs(found["gaps"][name]) < 10 else f"{found['gaps'][name]:+.0f}", f"{results[0]['state_bytes']:.3f}"]
-        for name, results in found["runs"].items()
-    )  # fmt: skip
+    rows = []
+    for name, results in found["runs"].items():
+        losses = " ".join(f"{r['loss']:#.5g}" if math.isfinite(r["loss"]) else "-" for r in results)
+        distance = found["gaps"][name]
+        shown = f"{distance:+.4f}" if abs(distance) < 10 else f"{distance:+.0f}"
+        rows.append([f"`{name}`", losses, shown, f"{results[0]['state_bytes']:.3f}"])
     made = found["setting"]
     words = (
         f"{made['parameters']:,} parameters, {made['steps']} steps of {made['tokens_a_step']} tokens, betas "
