@@ -40,7 +40,7 @@ _KINDS = {
 _FLOATS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _EXACT_BLOCK = 256
 _TILES = 16  # that one program of `update` works on, one after the other
-_WARP_TILE = 512  # elements of a tile that one warp works on
+_TILE = 512  # elements of a tile; larger ones need more registers than pay
 _PARTIALS = 1024  # programs, and partial sums, of the gradient norm
 _SPAN = 4096  # elements that one of them reads at a time
 _ROWS = 128  # that one program of `prepare` works on
@@ -202,6 +202,8 @@ class Tables:
         self.groups = list({id(target.group): target.group for target in self.targets}.values())
         numbers = {id(group): number for number, group in enumerate(self.groups)}
         self.group_of = [numbers[id(target.group)] for target in self.targets]
+        mine = {id(p) for p in self.parameters}
+        self.others = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in mine]
         self.rules = [optimizer.rule_of(group) for group in self.groups]
         self.sharded = any(is_sharded(p) for p in self.parameters)
         self.buckets: dict[Signature, Bucket] = {}
@@ -269,16 +271,15 @@ class Tables:
 
     def covers_all(self) -> bool:
         """Whether no other parameter of the optimizer has a gradient."""
-        having = sum(p.grad is not None for group in self.optimizer.param_groups for p in group["params"])
-        return having == len(self.parameters)
+        count = sum(len(group["params"]) for group in self.optimizer.param_groups)
+        return count == len(self.parameters) + len(self.others) and all(p.grad is None for p in self.others)
 
     def refresh(self) -> bool:
         """Send what has changed since the last step; False where the tables no longer fit."""
-        gradients = []
-        for p in self.parameters:
-            if p.grad is None:
-                return False
-            gradients.append(getattr(p.grad, "_local_tensor", p.grad))
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        if len(gradients) < len(self.parameters):
+            return False
+        gradients = [_local(g) for g in gradients] if self.sharded else gradients
         addresses = ([p.data_ptr() for p in self.locals], [g.data_ptr() for g in gradients])
         if self._sent.get("addresses") != addresses:
             if not self._fits(gradients, addresses[1]):
@@ -384,7 +385,7 @@ class Tables:
             self.rows, self.scalars, bucket.chunks, *points, *tables, RULE=getattr(k.rules, s.rule),
             A=kinds[0], B=kinds[1], C=kinds[2], MIXED=bucket.mixed, P_TYPE=self._type(s.parameter),
             G_TYPE=self._type(s.gradient), STOCHASTIC=s.stochastic, SIZE=s.size, BLOCK=block, NB=nb, TILES=_TILES,
-            ALIGN=16 if s.aligned else 1, num_warps=max(1, nb * block // _WARP_TILE), enable_fp_fusion=False,
+            ALIGN=16 if s.aligned else 1, num_warps=_warps(s), enable_fp_fusion=False,
         )  # fmt: skip
 
     def _type(self, dtype: torch.dtype) -> Any:
@@ -426,7 +427,14 @@ def _power_of_two(size: int) -> int:
 
 def _blocks(size: int) -> int:
     """How many blocks make a tile."""
-    return max(1, _WARP_TILE // _power_of_two(size))
+    return max(1, _TILE // _power_of_two(size))
+
+
+def _warps(s: Signature) -> int:
+    """How many warps work on a tile: what was fastest on an H200, one where two moments in codes leave least memory."""
+    lean = s.parameter.itemsize == 2 and sum(isinstance(codec, Blockwise) for codec in s.codecs) == 2
+    eight_bits = all(_kind(codec) in ("SIGNED", "UNSIGNED") for codec in s.codecs)
+    return max(1 if lean and eight_bits else 2, _power_of_two(s.size) // _TILE)
 
 
 def _chunks(rows: Sequence[int], numel: Tensor, span: int, unit: int) -> Tensor:

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernels of a step against the eager definition: interpreted here, run on a GPU where there is one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lowbits.formats import DYNAMIC4, DYNAMIC8, UDYNAMIC8
+from lowbits.optim import Blockwise
+from lowbits.optim._blockwise import order
+from lowbits.optim._multi_tensor import _SHIFTS, _kind, _steps
+
+ROOT = Path(__file__).resolve().parents[2]
+INTERPRETED = ["AdamW8bit", "clipped", "AdamW4bit", "SGD8bit", "AdEMAMix8bit", "stochastic, blocks of 80"]
+
+
+def run(environment: dict[str, str], *cases: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "ignore", "-m", "tests.optim.launches", *cases]
+    return subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=600, check=False
+    )
+
+
+def test_interpreted_kernels_equal_the_definition_bit_for_bit():
+    pytest.importorskip("triton", reason="the gpu extra is not installed")
+    done = run({"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}, *INTERPRETED)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines() == [f"{case}: equal" for case in INTERPRETED]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_kernels_equal_the_definition_bit_for_bit():
+    done = run({})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count(": equal") == len(done.stdout.splitlines()) > 20
+
+
+@pytest.mark.parametrize("book", [DYNAMIC8, UDYNAMIC8, DYNAMIC4], ids=lambda book: book.name)
+def test_the_look_up_gives_the_codes_of_the_definition(book):
+    """What the kernels do with the table, in torch, for every end of a code, its neighbours, and a million others."""
+    codec = Blockwise(book)
+    shift, table = _SHIFTS[str(_kind(codec))], _steps(codec)
+    generator = torch.Generator().manual_seed(0)
+    bits = torch.randint(0, 0x3F800001, (1_000_000,), generator=generator)
+    places = torch.cat([bits, *(codec.ends() + near for near in (-1, 0, 1))])
+    if book.min < 0:
+        places = torch.cat([places, -bits])
+    y = torch.where(places < 0, places ^ 0x7FFFFFFF, places).to(torch.int32).view(torch.float32)
+    entries = table[(places >> shift) + len(table) // 2].long()
+    codes = ((places & ((1 << shift) - 1)) + entries) >> shift
+    assert torch.equal(order(y), places)
+    assert torch.equal(codes, codec._codes(y).long())
