@@ -96,9 +96,7 @@ PEERS = [
     Arm("torchao AdamW8bit", "torchao.optim", "AdamW8bit", HYPER),
 ]
 CUDA_PEERS = [
-    Arm("bitsandbytes AdamW32bit", "bitsandbytes.optim", "AdamW32bit", HYPER),
     Arm("bitsandbytes Lion8bit", "bitsandbytes.optim", "Lion8bit", HYPER),
-    Arm("torchao AdamW4bit", "torchao.optim", "AdamW4bit", HYPER),
     Arm("flashoptim AdamW", "flashoptim", "FlashAdamW", HYPER),
 ]
 

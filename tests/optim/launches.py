@@ -86,10 +86,79 @@ ROUNDED: dict[str, Make] = {
     "stochastic, blocks of 80": adamw(Blockwise(DYNAMIC8, 80), Blockwise(UDYNAMIC8, 80), rounding=Rounding.STOCHASTIC),
 }
 ON_CUDA: dict[str, Make] = {
+    "offloaded": few_bits("AdamW8bit", offload=True),
     "bfloat16": few_bits("AdamW8bit"),
     "AdamWFp8": few_bits("AdamWFp8"),
     "E4M3": adamw(Blockwise(E4M3), Blockwise(E4M3)),
 }
+
+
+def without_waiting() -> str | None:
+    """Steps under a new learning rate each, clipped, while torch forbids to wait for the device."""
+    params = [nn.Parameter(torch.randn(s, device=DEVICE)) for s in SHAPES]
+    optimizer = optim.AdamW8bit(params, clip=GlobalNorm(1.0))
+    for step in range(5):
+        for p in params:
+            p.grad = torch.randn_like(p)
+        optimizer.param_groups[0]["lr"] = 0.1 / (step + 1)
+        torch.cuda.set_sync_debug_mode("error" if step else "default")  # the first step builds its tables
+        optimizer.step()
+    torch.cuda.set_sync_debug_mode("default")
+    return None
+
+
+def captured() -> str | None:
+    """100 replays of a CUDA graph, with other gradients and another learning rate each, against ordinary steps."""
+    first = [nn.Parameter(torch.randn(s, device=DEVICE, dtype=torch.bfloat16)) for s in SHAPES]
+    second = [nn.Parameter(p.detach().clone()) for p in first]
+    rates = [torch.tensor(1e-2, device=DEVICE) for _ in range(2)]
+    replayed, ordinary = (
+        optim.AdamW8bit(params, lr=rate, clip=GlobalNorm(1.0), rounding=Rounding.STOCHASTIC)
+        for params, rate in zip((first, second), rates, strict=True)
+    )
+    for p, q in zip(first, second, strict=True):
+        p.grad, q.grad = torch.ones_like(p), torch.ones_like(q)
+    replayed.step()
+    ordinary.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed.step()
+    for step in range(100):
+        for p, q in zip(first, second, strict=True):
+            p.grad.copy_(torch.randn_like(p))  # type: ignore[union-attr]
+            q.grad.copy_(p.grad)  # type: ignore[union-attr, arg-type]
+        for rate in rates:
+            rate.fill_(1e-2 / (step + 1))
+        graph.replay()
+        ordinary.step()
+    equal = [torch.equal(p, q) for p, q in zip(first, second, strict=True)]
+    equal += [
+        torch.equal(t, ordinary.state[q][name])
+        for p, q in zip(first, second, strict=True) for name, t in replayed.state[p].items()
+    ]  # fmt: skip
+    return None if all(equal) else f"{equal.count(False)} of {len(equal)} tensors differ"
+
+
+def in_backward() -> str | None:
+    """Updates in the backward pass against ordinary steps, and the memory that they save."""
+    models = [nn.Sequential(*[nn.Linear(2048, 2048, bias=False) for _ in range(16)]).to(DEVICE) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers = [optim.AdamW8bit(model.parameters(), lr=1e-3) for model in models]
+    handle = optim.step_in_backward(models[0], optimizers[0])
+    x, peaks = torch.randn(64, 2048, device=DEVICE), []
+    for model, optimizer in zip(models, optimizers, strict=True):
+        for _ in range(3):
+            torch.cuda.reset_peak_memory_stats()
+            resident = torch.cuda.memory_allocated()
+            model(x).square().mean().backward()
+            if optimizer is optimizers[1]:
+                optimizer.step()
+                optimizer.zero_grad()
+        peaks.append((torch.cuda.max_memory_allocated() - resident) / 2**20)
+    handle.remove()
+    print(f"# peak above what stays: {peaks[0]:.0f} MiB in backward, {peaks[1]:.0f} MiB with all gradients")
+    equal = all(torch.equal(p, q) for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True))
+    return None if equal and peaks[0] < 0.5 * peaks[1] else f"equal: {equal}, peaks: {peaks}"
 
 
 def main() -> None:
@@ -111,6 +180,10 @@ def main() -> None:
         found = next(differences(make, dtype, shapes, steps), None)
         failed += found is not None
         print(f"{name}: {found or 'equal'}", flush=True)
+    for case in (without_waiting, captured, in_backward) if DEVICE == "cuda" and not wanted else ():
+        found = case()
+        failed += found is not None
+        print(f"{case.__name__}: {found or 'equal'}", flush=True)
     raise SystemExit(failed)
 
 

@@ -21,7 +21,15 @@ from lowbits.optim._clipping import HISTORY, Clip, Percentile, gradient_factors,
 from lowbits.optim._codec import FLOAT32, StateCodec
 from lowbits.optim._interchange import translated
 from lowbits.optim._rule import Rule, Scalars, power
-from lowbits.optim._sharding import add_up_gradient_, as_stored, first_element, fitted, local, shard_of
+from lowbits.optim._sharding import (
+    add_up_gradient_,
+    as_stored,
+    first_element,
+    fitted,
+    is_sharded,
+    local,
+    shard_of,
+)
 from lowbits.quantizers import Noise, Rounding
 
 
@@ -38,12 +46,15 @@ class Options(TypedDict, total=False):
         min_8bit_size: tensors of fewer elements keep float32 moments, whatever their codec. A group may
             override it, `math.inf` keeps all of it in float32. Default 0; the 8- and 4-bit constructors set 4096.
         seed: of the random bits of stochastic rounding.
+        offload: keep the moments of CUDA parameters in pinned host memory, where the kernels read and write them over
+            the bus: for states that the GPU's memory does not hold. The numbers are the same. Default: False.
     """
 
     clip: Clip | None
     rounding: Rounding
     min_8bit_size: float
     seed: int
+    offload: bool
 
 
 @dataclass(frozen=True)
@@ -85,7 +96,7 @@ class CodecOptimizer(torch.optim.Optimizer):
                 f"{name}: no parameters; a generator is empty after its first use. Pass model.parameters()."
             )
         self.clip, self.seed = options.get("clip"), options.get("seed", 0)
-        self.rounding = options.get("rounding", Rounding.NEAREST)
+        self.rounding, self.offload = options.get("rounding", Rounding.NEAREST), options.get("offload", False)
         self._shapes: dict[Tensor, torch.Size] = {}
         super().__init__(params, {**hyper, **codecs, "min_8bit_size": options.get("min_8bit_size", 0)})
 
@@ -106,7 +117,9 @@ class CodecOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy needs; torch's own version forgets all but the groups."""
-        return super().__getstate__() | {key: vars(self)[key] for key in ("clip", "seed", "rounding", "_shapes")}
+        return super().__getstate__() | {
+            key: vars(self)[key] for key in ("clip", "seed", "rounding", "offload", "_shapes")
+        }
 
     # --- the step ---------------------------------------------------------------------------------------------------
 
@@ -165,9 +178,21 @@ class CodecOptimizer(torch.optim.Optimizer):
             state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
             for moment, codec in self.codecs(p, target.group).items():
                 stored = codec.init(local(p))
-                state.update({f"{moment}.{part}": as_stored(tensor, p) for part, tensor in stored.items()})
+                parts = {f"{moment}.{part}": as_stored(tensor, p) for part, tensor in stored.items()}
+                state.update({name: self._placed(tensor) for name, tensor in parts.items()})
         if isinstance(self.clip, Percentile) and HISTORY not in state:
             state[HISTORY] = new_history(self.clip, p.device)
+
+    def _placed(self, stored: Tensor) -> Tensor:
+        """Return a state tensor where it is to stay."""
+        if not self.offload or stored.device.type != "cuda":
+            return stored
+        if is_sharded(stored):
+            raise SpecError(
+                f"{type(self).__name__}: offload=True does not work with sharded parameters, whose states are sharded. "
+                "Shard over more ranks, or use fewer bits."
+            )
+        return torch.empty_like(stored, device="cpu", pin_memory=True).copy_(stored)
 
     def codecs(self, p: Tensor, group: Mapping[str, Any]) -> dict[str, StateCodec]:
         """Return how each moment of a parameter is stored, which need not be as its group says."""
@@ -193,13 +218,17 @@ class CodecOptimizer(torch.optim.Optimizer):
         state["step"] += 1
         g = local(target.parameter.grad).float()  # type: ignore[arg-type]
         g = g if factor is None else g * factor
-        stored = {moment: parts_of(state, moment) for moment in codecs}
+        parts = {moment: parts_of(state, moment) for moment in codecs}
+        stored = {moment: {name: t.to(p.device) for name, t in found.items()} for moment, found in parts.items()}
         moments = tuple(codec.decode(stored[moment], p.shape) for moment, codec in codecs.items())
         new, moments = self._new(target, p.float(), g, moments, self._scalars(group, state["step"]))
         step = state["step"].to(torch.int64)
         self._write_(target, new, step)
         for (moment, codec), value in zip(codecs.items(), moments, strict=True):
             codec.encode_(stored[moment], value, Noise.of(self.seed, target.name, moment), step)
+            for name, tensor in stored[moment].items():
+                if tensor is not parts[moment][name]:  # offloaded
+                    parts[moment][name].copy_(tensor)
 
     def rule_of(self, group: Mapping[str, Any]) -> Rule:
         """Return the rule that a group's parameters follow; one that has no moments stores none."""
@@ -276,7 +305,8 @@ class CodecOptimizer(torch.optim.Optimizer):
         for p, _, state in states:
             if state:
                 copies = {name: t.to(p.device, copy=True) for name, t in state.items()}
-                self.state[p] = {name: t if name == HISTORY else shard_of(t, p) for name, t in copies.items()}
+                placed = {name: t if name == HISTORY else shard_of(t, p) for name, t in copies.items()}
+                self.state[p] = {name: self._placed(t) if "." in name else t for name, t in placed.items()}
 
     @property
     def stores(self) -> list[str]:
