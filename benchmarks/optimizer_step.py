@@ -97,7 +97,7 @@ PEERS = [
 ]
 CUDA_PEERS = [
     Arm("bitsandbytes Lion8bit", "bitsandbytes.optim", "Lion8bit", HYPER),
-    Arm("flashoptim AdamW", "flashoptim", "FlashAdamW", HYPER),
+    Arm("flashoptim AdamW", "flashoptim", "FlashAdamW", {**HYPER, "master_weight_bits": None}),
 ]
 
 
