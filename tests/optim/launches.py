@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import lowbits.kernels.optimizer  # noqa: F401  the interpreter's kernels are used where they are loaded
 from lowbits import optim
 from lowbits.formats import DYNAMIC8, E4M3, INT8, UDYNAMIC8, UINT8_NO_ZERO
-from lowbits.optim import AdamW, Blockwise, CodecOptimizer, GlobalNorm, _compiled, _multi_tensor
+from lowbits.optim import AdamW, Blockwise, CodecOptimizer, GlobalNorm, _compiled, _launched, _multi_tensor
 from lowbits.quantizers import Rounding
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -45,7 +45,7 @@ def differences(make: Make, dtype: torch.dtype, shapes: list[tuple[int, ...]], s
             q.grad = p.grad.clone()
         with patch.object(_compiled, "update_", side_effect=AssertionError("not launched")):
             launched.step()
-        with patch.object(_multi_tensor, "update_", lambda _, targets: targets):
+        with patch.object(_launched, "update_", lambda _, targets: targets):
             eager.step()
         for p, q, shape in zip(first, second, shapes, strict=True):
             pairs = {"parameter": (p, q)} | {k: (v, eager.state[q][k]) for k, v in launched.state[p].items()}
@@ -172,7 +172,7 @@ def main() -> None:
         ]
     wanted = sys.argv[1:]
     if DEVICE == "cpu":
-        _multi_tensor._TILES = 2  # the interpreter takes its time over empty ones
+        _multi_tensor._CHUNK = 1024  # the interpreter takes its time over empty ones
     failed = 0
     for name, make, dtype, shapes, steps in plans:
         if wanted and name not in wanted:

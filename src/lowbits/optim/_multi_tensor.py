@@ -1,13 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Update all parameters of an optimizer in two or three launches; see `lowbits.kernels.optimizer`.
-
-Tables on the device say where everything lies. They are built when other parameters have gradients than before;
-afterwards a step compares addresses, sends what changed (as a rule the learning rate alone), and launches. Nothing
-waits for the device.
-
-Which parameters: float32, bfloat16 and float16 ones on CUDA, contiguous, under an element-wise rule, with moments in
-float32 or in `Blockwise` codes of one block size. The rest is left to the other paths.
-"""
+"""Tables on the device that say where everything of a step lies, and its launches; see `lowbits.kernels.optimizer`."""
 
 from __future__ import annotations
 
@@ -15,10 +7,11 @@ import importlib.util
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
+from operator import attrgetter, is_
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary, proxy
+from weakref import proxy
 
 import torch
 from torch import Tensor
@@ -27,7 +20,7 @@ from lowbits.formats import DYNAMIC4, DYNAMIC8, E4M3, E4M3_NO_UNDERFLOW, INT8, U
 from lowbits.optim._blockwise import Blockwise
 from lowbits.optim._clipping import GlobalNorm
 from lowbits.optim._codec import FLOAT32, StateCodec
-from lowbits.optim._sharding import first_element, is_sharded
+from lowbits.optim._sharding import add_up_gradient_, first_element, is_sharded
 from lowbits.quantizers import Noise, Rounding
 
 if TYPE_CHECKING:
@@ -39,8 +32,7 @@ _KINDS = {
 }  # fmt: skip
 _FLOATS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _EXACT_BLOCK = 256
-_TILES = 16  # that one program of `update` works on, one after the other
-_TILE = 512  # elements of a tile; larger ones need more registers than pay
+_CHUNK = 8192  # elements that one program of `update` works on, a tile after the other
 _PARTIALS = 1024  # programs, and partial sums, of the gradient norm
 _SPAN = 4096  # elements that one of them reads at a time
 _ROWS = 128  # that one program of `prepare` works on
@@ -55,7 +47,7 @@ def _kernels() -> ModuleType | None:
     return optimizer
 
 
-def _usable(device: torch.device) -> bool:
+def usable(device: torch.device) -> bool:
     """Whether the kernels run on a device: CUDA, or a CPU where Triton interprets them, which only tests ask for."""
     if device.type == "cuda":
         return _kernels() is not None
@@ -86,74 +78,20 @@ class Bucket:
     mixed: bool = False
 
 
-def update_(optimizer: CodecOptimizer, targets: Sequence[Target]) -> Sequence[Target]:
-    """Update those parameters that the kernels know how to.
-
-    Args:
-        optimizer: whose state has been made.
-        targets: parameters with gradients.
-    Returns:
-        The rest, untouched; all of it where the rest is not empty but the gradients must be scaled together.
-    """
-    if torch.compiler.is_compiling() or not any(_usable(t.parameter.device) for t in targets[:1]):
-        return targets
-    members = [(target, _signature(optimizer, target)) for target in targets]
-    taken = [(target, signature) for target, signature in members if signature is not None]
-    devices = {target.parameter.device for target, _ in taken}
-    if not taken or len(devices) > 1:
-        return targets
-    rest = [target for target, signature in members if signature is None]
-    if rest and _scaled(optimizer):
-        return targets
-    mine = _built.setdefault(optimizer, {})
-    name = tuple(id(target.parameter) for target, _ in taken)
-    known = mine.get(name)
-    if known is None or not known.refresh():
-        known = mine[name] = Tables(optimizer, taken)
-        fits = known.refresh()
-        assert fits, "tables that were built just now fit"
-    known.launch()
-    if not rest:
-        mine[_LAST] = known
-    return rest
-
-
-def repeat_(optimizer: CodecOptimizer) -> bool:
-    """Do the step as the last one was done; False where other parameters have gradients now."""
-    known = _built.get(optimizer, {}).get(_LAST)
-    if known is None or not known.covers_all() or not known.refresh():
-        return False
-    known.launch()
-    return True
-
-
-def forget(optimizer: CodecOptimizer) -> None:
-    """Drop what was built: states or groups are others now."""
-    _built.pop(optimizer, None)
-
-
-_LAST = ()
-_built: WeakKeyDictionary[CodecOptimizer, dict[tuple[int, ...], Tables]] = WeakKeyDictionary()
-
-
-def _scaled(optimizer: CodecOptimizer) -> bool:
-    return optimizer.clip is not None or getattr(optimizer, "found_inf", None) is not None
-
-
 def _local(tensor: Tensor) -> Tensor:
     return getattr(tensor, "_local_tensor", tensor)
 
 
-def _signature(optimizer: CodecOptimizer, target: Target) -> Signature | None:
+def signature_of(optimizer: CodecOptimizer, target: Target) -> Signature | None:
     """Return the launch that a parameter belongs to, or None where the kernels cannot update it."""
     p, g = _local(target.parameter), _local(target.parameter.grad)  # type: ignore[arg-type]
-    found = _kernels() if _usable(p.device) else None
+    found = _kernels() if usable(p.device) else None
     rule = optimizer.rule_of(target.group)
     whole_tensors = type(optimizer)._new is not _base()._new
     if found is None or whole_tensors or not hasattr(found.rules, rule.name):
         return None
     # Small tensors keep float32 moments, but share the launch of the others of their group.
-    small = p.numel() < target.group["min_8bit_size"]
+    small = target.parameter.numel() < target.group["min_8bit_size"]
     codecs = optimizer.codecs(target.parameter, target.group)
     if small:
         codecs = {moment: target.group[moment] for moment in codecs}
@@ -189,21 +127,28 @@ class Tables:
     Args:
         optimizer: whose parameters these are; their states exist.
         members: what is updated, with the signature of each.
+        counts: of updates by parameter, which all tables of the optimizer keep together.
     """
 
-    def __init__(self, optimizer: CodecOptimizer, members: Sequence[tuple[Target, Signature]]) -> None:
+    def __init__(
+        self, optimizer: CodecOptimizer, members: Sequence[tuple[Target, Signature]], counts: dict[Tensor, int]
+    ) -> None:
         k = _kernels()
         assert k is not None
         # A proxy: the tables are kept as long as the optimizer lives, and must not keep it alive.
         self.k, self.optimizer, self.targets = k, proxy(optimizer), [target for target, _ in members]
         self.parameters = [target.parameter for target in self.targets]
         self.locals = [_local(p) for p in self.parameters]
+        self.sizes = [p.numel() for p in self.locals]
         self.device = self.locals[0].device
         self.groups = list({id(target.group): target.group for target in self.targets}.values())
         numbers = {id(group): number for number, group in enumerate(self.groups)}
         self.group_of = [numbers[id(target.group)] for target in self.targets]
-        mine = {id(p) for p in self.parameters}
-        self.others = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in mine]
+        self.states = [optimizer.state[p] for p in self.parameters]
+        # Where a state is moved, its tensors are: one of them tells.
+        self.marks = [next((name for name in state if "." in name), "step") for state in self.states]
+        self.counts = counts
+        self._seen: list[object] = []
         self.rules = [optimizer.rule_of(group) for group in self.groups]
         self.sharded = any(is_sharded(p) for p in self.parameters)
         self.buckets: dict[Signature, Bucket] = {}
@@ -216,13 +161,10 @@ class Tables:
         self._sent: dict[str, object] = {}
         self._allocate()
         self._fill()
-        # Where constants change with t, the host counts along; a step that the device skips counts here all the same.
         self.scheduled = any(
             rule.constants(group, 1) != rule.constants(group, t)
             for rule, group in zip(self.rules, self.groups, strict=True) for t in (2, 2**24)
         )  # fmt: skip
-        states = [optimizer.state[p]["step"] for p in self.parameters]
-        self.times = torch.stack(states).tolist() if self.scheduled else []
 
     def _exact(self, target: Target) -> bool:
         return all(codec == FLOAT32 for codec in self.optimizer.codecs(target.parameter, target.group).values())
@@ -237,9 +179,9 @@ class Tables:
         self.partial = torch.zeros(_PARTIALS, dtype=torch.float64, device=device)
         self.limit = torch.zeros((), dtype=torch.float64, device=device)
         codecs = {codec for signature in self.buckets for codec in signature.codecs if isinstance(codec, Blockwise)}
-        self.points: dict[StateCodec, Tensor] = {c: torch.tensor(c.points, device=device) for c in codecs}
-        tables = {codec: _steps(codec).to(device) for codec in codecs if _kind(codec) in _SHIFTS}
-        self.steps: dict[StateCodec, Tensor] = {codec: table[len(table) // 2 :] for codec, table in tables.items()}
+        self.points: dict[StateCodec, Tensor] = {codec: _points_on(codec, device) for codec in codecs}
+        coded = [codec for codec in codecs if _kind(codec) in _SHIFTS]
+        self.steps: dict[StateCodec, Tensor] = {codec: _steps_on(codec, device) for codec in coded}
         self.zero = torch.zeros(16, dtype=torch.int32, device=device)
 
     def _fill(self) -> None:
@@ -249,7 +191,7 @@ class Tables:
             p, state, lr = target.parameter, self.optimizer.state[target.parameter], target.group["lr"]
             rate = lr if self._reads(lr) else self.rates[self.group_of[row]]
             low, high = Noise.of(self.optimizer.seed, target.name, "weight").key
-            stochastic = self.optimizer.rounding is Rounding.STOCHASTIC
+            stochastic = self.optimizer.rounding is Rounding.STOCHASTIC and p.dtype == torch.bfloat16
             known = {
                 k.NUMEL: self.locals[row].numel(), k.STEP: state["step"].data_ptr(), k.LR: rate.data_ptr(),
                 k.FACTOR: self.factors[row].data_ptr(), k.KEY: _signed(int(low) | int(high) << 32),
@@ -262,30 +204,48 @@ class Tables:
                 self.table[row, int(column)] = value
         numel = self.table[:, int(k.NUMEL)]
         for signature, bucket in self.buckets.items():
-            span = signature.size * _blocks(signature.size) * _TILES
+            blocks, _ = _tile(signature)
+            span = signature.size * blocks * _tiles(signature)
             bucket.chunks = _chunks(bucket.rows, numel, span, signature.size).to(self.device)
         every = [row for bucket in self.buckets.values() for row in bucket.rows]
         self.norm_chunks = _chunks(every, numel, _SPAN, _SPAN).to(self.device)
 
+    def __len__(self) -> int:
+        """How many parameters these tables update."""
+        return len(self.parameters)
+
     # --- each step --------------------------------------------------------------------------------------------------
 
     def covers_all(self) -> bool:
-        """Whether no other parameter of the optimizer has a gradient."""
-        count = sum(len(group["params"]) for group in self.optimizer.param_groups)
-        return count == len(self.parameters) + len(self.others) and all(p.grad is None for p in self.others)
+        """Whether the parameters and states are those of then, and no other parameter has a gradient."""
+        groups, states = self.optimizer.param_groups, self.optimizer.state
+        count = sum(len(group["params"]) for group in groups)
+        if count != len(self.parameters) + len(self.others) or any(p.grad is not None for p in self.others):
+            return False
+        if len(states) != len(self._seen) or not all(map(is_, states.values(), self._seen)):
+            if not self.has_states():
+                return False
+            self._seen = list(states.values())
+        return True
+
+    @cached_property
+    def others(self) -> list[Tensor]:
+        """The optimizer's other parameters."""
+        mine = {id(p) for p in self.parameters}
+        return [p for group in self.optimizer.param_groups for p in group["params"] if id(p) not in mine]
+
+    def has_states(self) -> bool:
+        """Whether the optimizer has the states that the tables were built for."""
+        return all(map(is_, map(self.optimizer.state.get, self.parameters), self.states))
 
     def refresh(self) -> bool:
         """Send what has changed since the last step; False where the tables no longer fit."""
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        if len(gradients) < len(self.parameters):
+        places = self._places()
+        if places is None:
             return False
-        gradients = [_local(g) for g in gradients] if self.sharded else gradients
-        addresses = ([p.data_ptr() for p in self.locals], [g.data_ptr() for g in gradients])
-        if self._sent.get("addresses") != addresses:
-            if not self._fits(gradients, addresses[1]):
-                return False
-            self.table[:, 0], self.table[:, 1] = torch.tensor(addresses[0]), torch.tensor(addresses[1])
-            self._send("addresses", addresses, self.rows, self.table)
+        if self._sent.get("addresses") != places:
+            self.table[:, :2] = torch.tensor(places).t()
+            self._send("addresses", places, self.rows, self.table)
         sources = [lr.data_ptr() if self._reads(lr := group["lr"]) else None for group in self.groups]
         if self._sent.setdefault("sources", sources) != sources:
             return False
@@ -300,6 +260,23 @@ class Tables:
                 self._send("bases", constants, self.bases, self._by_row(2, bases))
         return True
 
+    def _places(self) -> list[list[int]] | None:
+        """Addresses of parameters and gradients; None where the tables no longer fit them, or a state was moved."""
+        if self.sharded:
+            for p in self.parameters:
+                add_up_gradient_(p)
+        gradients: list[Tensor] = [g for g in map(attrgetter("grad"), self.parameters) if g is not None]
+        if len(gradients) < len(self.parameters):
+            return None
+        stored: list[Any] = list(map(dict.get, self.states, self.marks))
+        if self.sharded:  # a module that was moved has put other shards into its parameters
+            self.locals, gradients = list(map(_local, self.parameters)), list(map(_local, gradients))
+            stored = list(map(_local, stored))
+        *places, marked = (list(map(Tensor.data_ptr, tensors)) for tensors in (self.locals, gradients, stored))
+        if self._sent.setdefault("states", marked) != marked or self.sizes != list(map(Tensor.numel, self.locals)):
+            return None
+        return places if places == self._sent.get("addresses") or self._fits(gradients, places) else None
+
     def _reads(self, lr: float | Tensor) -> bool:
         """Whether the kernels read a learning rate where it lies; others are sent."""
         return isinstance(lr, Tensor) and lr.device == self.device and lr.dtype == torch.float32
@@ -308,9 +285,16 @@ class Tables:
         """By group, or by row where they change with the step."""
         if not self.scheduled:
             return [rule.constants(group, 1) for rule, group in zip(self.rules, self.groups, strict=True)]
-        self.times = [t + 1 for t in self.times]
-        rows = zip(self.group_of, self.times, strict=True)
-        return [self.rules[number].constants(self.groups[number], int(t)) for number, t in rows]
+        unknown = [
+            (p, state["step"]) for p, state in zip(self.parameters, self.states, strict=True) if p not in self.counts
+        ]
+        if unknown:
+            steps = torch.stack([step for _, step in unknown]).tolist()
+            self.counts.update((p, int(t)) for (p, _), t in zip(unknown, steps, strict=True))
+        for p in self.parameters:
+            self.counts[p] += 1
+        rows = zip(self.group_of, self.parameters, strict=True)
+        return [self.rules[number].constants(self.groups[number], self.counts[p]) for number, p in rows]
 
     def _by_row(self, width: int, values: Sequence[Any], *before: float) -> Tensor:
         whole = torch.zeros(len(values), width, dtype=torch.float64)
@@ -319,12 +303,16 @@ class Tables:
             whole[row, : len(numbers)] = torch.tensor(numbers, dtype=torch.float64)
         return whole if self.scheduled else whole[torch.tensor(self.group_of)]
 
-    def _fits(self, gradients: Sequence[Tensor], addresses: Sequence[int]) -> bool:
+    def _fits(self, gradients: Sequence[Tensor], places: Sequence[Sequence[int]]) -> bool:
         for signature, bucket in self.buckets.items():
             for row in bucket.rows:
                 g, p = gradients[row], self.locals[row]
-                alike = g.dtype == signature.gradient and g.shape == p.shape and g.device == p.device
-                if not alike or not g.is_contiguous() or (signature.aligned and addresses[row] % 16):
+                alike = g.dtype == signature.gradient and p.dtype == signature.parameter and g.shape == p.shape
+                if not alike or g.device != self.device or p.device != self.device:
+                    return False
+                if not g.is_contiguous() or not p.is_contiguous():
+                    return False
+                if signature.aligned and (places[0][row] | places[1][row]) % 16:
                     return False
         return True
 
@@ -361,12 +349,12 @@ class Tables:
                 SPAN=_SPAN, ALIGN=16 if all(s.aligned for s in self.buckets) else 1, num_warps=8,
                 enable_fp_fusion=False,
             )  # fmt: skip
-        one = self.factors
+        one, zero = self.factors, self.zero
         width = 1 + max(len(rule.constants(g, 1)) for rule, g in zip(self.rules, self.groups, strict=True))
         k.prepare[(-(-len(self.targets) // _ROWS),)](
             self.rows, self.scalars, self.bases, len(self.targets), self.partial, self.limit,
-            one if scale is None else scale.to(self.device), one if found_inf is None else found_inf.to(self.device),
-            CLIP=clip is not None, SCALED=found_inf is not None, PARTIALS=_PARTIALS,
+            one if scale is None else scale.to(self.device), zero if found_inf is None else found_inf.to(self.device),
+            CLIP=clip is not None, SCALED=scale is not None or found_inf is not None, PARTIALS=_PARTIALS,
             CORRECTIONS=max(len(rule.corrections) for rule in self.rules), FIRST=width, TILE=_ROWS,
             enable_fp_fusion=False,
         )  # fmt: skip
@@ -379,13 +367,13 @@ class Tables:
         unread = 3 - len(s.codecs)
         points = [self.points.get(codec, self.scalars) for codec in s.codecs] + [self.scalars] * unread
         tables = [self.steps.get(codec, self.zero) for codec in s.codecs] + [self.zero] * unread
-        nb, block = _blocks(s.size), _power_of_two(s.size)
+        blocks, warps = _tile(s)
         assert bucket.chunks is not None
         k.update[(len(bucket.chunks),)](
             self.rows, self.scalars, bucket.chunks, *points, *tables, RULE=getattr(k.rules, s.rule),
             A=kinds[0], B=kinds[1], C=kinds[2], MIXED=bucket.mixed, P_TYPE=self._type(s.parameter),
-            G_TYPE=self._type(s.gradient), STOCHASTIC=s.stochastic, SIZE=s.size, BLOCK=block, NB=nb, TILES=_TILES,
-            ALIGN=16 if s.aligned else 1, num_warps=_warps(s), enable_fp_fusion=False,
+            G_TYPE=self._type(s.gradient), STOCHASTIC=s.stochastic, SIZE=s.size, BLOCK=_power_of_two(s.size),
+            NB=blocks, TILES=_tiles(s), ALIGN=16 if s.aligned else 1, num_warps=warps, enable_fp_fusion=False,
         )  # fmt: skip
 
     def _type(self, dtype: torch.dtype) -> Any:
@@ -417,6 +405,18 @@ def _steps(codec: Blockwise) -> Tensor:
     return entries.to(torch.int32)
 
 
+@cache
+def _steps_on(codec: Blockwise, device: torch.device) -> Tensor:
+    """The same on a device, from the middle on: shared by all tables there, of which there may be one a parameter."""
+    table = _steps(codec).to(device)
+    return table[len(table) // 2 :]
+
+
+@cache
+def _points_on(codec: Blockwise, device: torch.device) -> Tensor:
+    return torch.tensor(codec.points, device=device)
+
+
 def _signed(value: int) -> int:
     return value - (1 << 64) if value >= 1 << 63 else value
 
@@ -425,16 +425,22 @@ def _power_of_two(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
-def _blocks(size: int) -> int:
-    """How many blocks make a tile."""
-    return max(1, _TILE // _power_of_two(size))
+def _tile(s: Signature) -> tuple[int, int]:
+    """Return how many blocks make a tile, and how many warps work on it: what was fastest on an H200.
+
+    Two moments in 8-bit codes beside a 16-bit parameter leave so little to move that arithmetic counts: one warp and
+    eight elements a thread then.
+    """
+    coded = [_kind(codec) for codec in s.codecs if isinstance(codec, Blockwise)]
+    lean = s.parameter.itemsize == 2 and len(coded) == 2 and set(coded) <= {"SIGNED", "UNSIGNED"}
+    elements, warps = (256, 1) if lean else (512, 2)
+    block = _power_of_two(s.size)
+    return max(1, elements // block), max(warps, block // 512)
 
 
-def _warps(s: Signature) -> int:
-    """How many warps work on a tile: what was fastest on an H200, one where two moments in codes leave least memory."""
-    lean = s.parameter.itemsize == 2 and sum(isinstance(codec, Blockwise) for codec in s.codecs) == 2
-    eight_bits = all(_kind(codec) in ("SIGNED", "UNSIGNED") for codec in s.codecs)
-    return max(1 if lean and eight_bits else 2, _power_of_two(s.size) // _TILE)
+def _tiles(s: Signature) -> int:
+    blocks, _ = _tile(s)
+    return max(1, _CHUNK // (blocks * _power_of_two(s.size)))
 
 
 def _chunks(rows: Sequence[int], numel: Tensor, span: int, unit: int) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from lowbits.errors import SpecError
-from lowbits.optim import _compiled, _multi_tensor
+from lowbits.optim import _compiled, _launched
 from lowbits.optim._checkpoint import by_parameter, check_layouts, check_same_groups, check_state, restored_rate
 from lowbits.optim._checks import check_betas as check_betas
 from lowbits.optim._checks import check_gradient, check_group, check_options, check_parameters
@@ -147,7 +147,7 @@ class CodecOptimizer(torch.optim.Optimizer):
 
     @_disable_dynamo
     def _repeat_(self) -> bool:
-        return _multi_tensor.repeat_(self)
+        return _launched.repeat_(self)
 
     @_disable_dynamo  # as torch's own methods; its trace rounds scalars otherwise, and this is compiled already
     def _step_(self, targets: Sequence[Target]) -> None:
@@ -157,7 +157,7 @@ class CodecOptimizer(torch.optim.Optimizer):
             return
         for target in targets:
             self._prepare_(target)
-        targets = _multi_tensor.update_(self, targets)
+        targets = _launched.update_(self, targets)
         if not targets:
             return
         factors = self._gradient_factors(targets)
@@ -289,7 +289,7 @@ class CodecOptimizer(torch.optim.Optimizer):
         Raises:
             CheckpointError: the state does not fit this optimizer's parameters and codecs; nothing is changed then.
         """
-        _multi_tensor.forget(self)
+        _launched.forget(self)
         check_same_groups(state_dict, self.param_groups)
         state_dict = translated(state_dict, self)
         check_layouts(state_dict, [{key: group[key] for key in self.stores} for group in self.param_groups])
