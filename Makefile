@@ -7,6 +7,10 @@ STAMP  := .venv/.ready
 PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14 python; do \
 	$$p -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
+PIP    := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
+# Where the CPU build of torch, which constraints.txt names, comes from if the index does not have it.
+CPU_WHEELS := https://download.pytorch.org/whl/cpu
+
 .DEFAULT_GOAL := help
 .PHONY: help env demo test test-slow test-gpu check fmt bench docs
 
@@ -21,7 +25,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "env: no Python >= 3.11 with venv and pip found; install one, or say make PYTHON=/path/to/python3" >&2; exit 1; }
 	@echo "env: making .venv (or bringing it up to date) with $$($(PYTHON) -c 'import sys; print(sys.executable)') and the versions of constraints.txt; one to three minutes, once"
 	@$(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(PIP) torch 2>/dev/null || $(PIP) --extra-index-url $(CPU_WHEELS) torch
+	@$(PIP) -e '.[dev]'
 	@touch $@
 
 demo: $(STAMP)  ## train a small GPT under a baseline and five recipes; the report is runs/demo/report.html
