@@ -20,8 +20,11 @@ ROOT = Path(__file__).resolve().parents[2]
 INTERPRETED = ["AdamW8bit", "clipped", "AdamW4bit", "SGD8bit", "AdEMAMix8bit", "stochastic, blocks of 80"]
 
 
-def run(environment: dict[str, str], *cases: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "ignore", "-m", "tests.optim.launches", *cases]
+INTERPRETER = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+
+
+def run(environment: dict[str, str], program: str, *cases: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "ignore", "-m", f"tests.optim.{program}", *cases]
     return subprocess.run(
         command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=600, check=False
     )
@@ -29,15 +32,22 @@ def run(environment: dict[str, str], *cases: str) -> subprocess.CompletedProcess
 
 def test_interpreted_kernels_equal_the_definition_bit_for_bit():
     pytest.importorskip("triton", reason="the gpu extra is not installed")
-    done = run({"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}, *INTERPRETED)
+    done = run(INTERPRETER, "launches", *INTERPRETED)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines() == [f"{case}: equal" for case in INTERPRETED]
+
+
+def test_whatever_changes_between_two_steps_the_launches_notice():
+    pytest.importorskip("triton", reason="the gpu extra is not installed")
+    done = run(INTERPRETER, "changes")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count(": done") == 10
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_kernels_equal_the_definition_bit_for_bit():
-    done = run({})
+    done = run({}, "launches")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count(": equal") > 25
 

@@ -58,6 +58,8 @@ def step_in_backward(model: nn.Module, optimizer: CodecOptimizer) -> StepInBackw
 
     With `fully_shard` call it after wrapping: the hooks see the reduced shards.
 
+    Python does not see through hooks: parameters and optimizer are freed after `remove` only.
+
     Args:
         model: whose parameters are updated in its backward.
         optimizer: that has them.

@@ -148,7 +148,7 @@ class Tables:
         # Where a state is moved, its tensors are: one of them tells.
         self.marks = [next((name for name in state if "." in name), "step") for state in self.states]
         self.counts = counts
-        self._seen: list[object] = []
+        self._seen: list[object] | None = None  # all states of the optimizer, once these were found among them
         self.rules = [optimizer.rule_of(group) for group in self.groups]
         self.sharded = any(is_sharded(p) for p in self.parameters)
         self.buckets: dict[Signature, Bucket] = {}
@@ -222,7 +222,8 @@ class Tables:
         count = sum(len(group["params"]) for group in groups)
         if count != len(self.parameters) + len(self.others) or any(p.grad is not None for p in self.others):
             return False
-        if len(states) != len(self._seen) or not all(map(is_, states.values(), self._seen)):
+        seen = self._seen
+        if seen is None or len(states) != len(seen) or not all(map(is_, states.values(), seen)):
             if not self.has_states():
                 return False
             self._seen = list(states.values())
