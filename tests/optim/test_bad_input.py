@@ -199,7 +199,7 @@ def test_parameters_come_once_in_order_and_at_all():
         ({"amsgrad": True}, "no argument is called 'amsgrad': AMSGrad is not offered"),
         ({"percentile_clipping": 5}, r"'percentile_clipping': pass clip=Percentile\(percentile\)"),
         ({"max_grad_norm": 1.0}, r"'max_grad_norm': pass clip=GlobalNorm\(limit\)"),
-        ({"is_paged": True}, "'is_paged': there is no managed memory here"),
+        ({"is_paged": True}, "'is_paged': pass offload=True"),
         ({"min8bit_size": 5}, "'min8bit_size': did you mean min_8bit_size?"),
         ({"qqq": 5}, "'qqq': known: clip, "),
     ],

@@ -19,7 +19,7 @@ REMEDIES = {
     "differentiable": "steps are not recorded by autograd",
     "foreach": "all tensors are updated in a few launches anyway; leave it out",
     "fused": "all tensors are updated in a few launches anyway; leave it out",
-    "is_paged": "there is no managed memory here; docs/from-bitsandbytes.md says what there is",
+    "is_paged": "pass offload=True, which keeps the moments in pinned host memory",
     "max_grad_norm": "pass clip=GlobalNorm(limit)",
     "maximize": "negate the loss",
     "optim_bits": "pass codecs, or use the constructor with 8bit in its name",
