@@ -171,6 +171,19 @@ def a_scaler_scales_skips_and_leaves() -> None:
     pair.step()
 
 
+def captured_tables_are_left_alone() -> None:
+    pair = adamw()
+    pair.step()
+    with patch.object(_launched, "_capturing", lambda: True):
+        pair.step()
+    (captured,) = vars(pair.both[0])["_built"].captured.values()
+    before = captured.rows.clone()
+    pair.each(lambda o: setattr(parameters(o)[0], "data", parameters(o)[0].detach().clone()))
+    pair.step()
+    pair.step()
+    assert torch.equal(captured.rows, before)
+
+
 def tables_in_backward_share_what_is_large() -> None:
     model = nn.Sequential(*[nn.Linear(64, 64, bias=False) for _ in range(4)])
     optimizer = optim.AdamW8bit(model.parameters())
@@ -219,8 +232,8 @@ def shards_move_and_gradients_are_summands() -> None:
 CASES = (
     a_parameter_s_data_is_replaced, a_parameter_changes_its_shape, states_move_and_start_anew,
     rates_are_numbers_and_tensors, groups_are_added, rules_that_change_with_the_step_count_every_step,
-    copies_are_made_and_optimizers_go, a_scaler_scales_skips_and_leaves, tables_in_backward_share_what_is_large,
-    shards_move_and_gradients_are_summands,
+    copies_are_made_and_optimizers_go, a_scaler_scales_skips_and_leaves, captured_tables_are_left_alone,
+    tables_in_backward_share_what_is_large, shards_move_and_gradients_are_summands,
 )  # fmt: skip
 
 if __name__ == "__main__":

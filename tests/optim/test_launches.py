@@ -41,7 +41,7 @@ def test_whatever_changes_between_two_steps_the_launches_notice():
     pytest.importorskip("triton", reason="the gpu extra is not installed")
     done = run(INTERPRETER, "changes")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count(": done") == 10
+    assert done.stdout.count(": done") == 11
 
 
 @pytest.mark.gpu

@@ -52,7 +52,7 @@ def update_(optimizer: CodecOptimizer, targets: Sequence[Target]) -> Sequence[Ta
     with _current(devices.pop()):
         known = built.tables_for(optimizer, taken)
         known.launch()
-    built.last = None if rest else known
+    built.last = None if rest or _capturing() else known
     return rest
 
 
