@@ -14,7 +14,7 @@ import torch
 from lowbits.formats import DYNAMIC4, DYNAMIC8, UDYNAMIC8
 from lowbits.optim import Blockwise
 from lowbits.optim._blockwise import order
-from lowbits.optim._multi_tensor import _SHIFTS, _kind, _steps
+from lowbits.optim._steps import SHIFTS, steps_of
 
 ROOT = Path(__file__).resolve().parents[2]
 INTERPRETED = ["AdamW8bit", "clipped", "AdamW4bit", "SGD8bit", "AdEMAMix8bit", "stochastic, blocks of 80"]
@@ -56,14 +56,15 @@ def test_kernels_equal_the_definition_bit_for_bit():
 def test_the_look_up_gives_the_codes_of_the_definition(book):
     """What the kernels do with the table, in torch, for every end of a code, its neighbours, and a million others."""
     codec = Blockwise(book)
-    shift, table = _SHIFTS[str(_kind(codec))], _steps(codec)
+    shift, table = SHIFTS[book], steps_of(codec)
     generator = torch.Generator().manual_seed(0)
     bits = torch.randint(0, 0x3F800001, (1_000_000,), generator=generator)
     places = torch.cat([bits, *(codec.ends() + near for near in (-1, 0, 1))])
     if book.min < 0:
         places = torch.cat([places, -bits])
     y = torch.where(places < 0, places ^ 0x7FFFFFFF, places).to(torch.int32).view(torch.float32)
-    entries = table[(places >> shift) + len(table) // 2].long()
+    whole = table.as_strided((2 * len(table),), (1,), 0)
+    entries = whole[(places >> shift) + len(table)].long()
     codes = ((places & ((1 << shift) - 1)) + entries) >> shift
     assert torch.equal(order(y), places)
     assert torch.equal(codes, codec._codes(y).long())

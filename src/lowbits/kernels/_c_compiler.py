@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import platform
 import shutil
 import subprocess
 import tempfile
@@ -13,20 +14,18 @@ import warnings
 from functools import cache
 from pathlib import Path
 
-import torch
-
 COMPILERS = ("cc", "gcc", "clang")
 # No contraction to fused multiply-adds and no fast-math: the results are those of eager torch, bit for bit.
 FLAGS = ("-std=gnu11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
-MACHINES = {"AVX512": ("-march=x86-64-v4", "-mprefer-vector-width=512"), "AVX2": ("-march=x86-64-v3",)}
+MACHINE = ("-march=native",)
 
 
 @cache
 def library(source: str) -> ctypes.CDLL | None:
     """Return the compiled source, from `$XDG_CACHE_HOME/lowbits` (`~/.cache/lowbits`) when it was compiled before.
 
-    Vector instructions are those that torch itself uses on this machine; a compiler that does not know them, or not
-    OpenMP, is asked again without.
+    It is for this machine's processor alone, by whose name it is kept. A compiler that does not know the processor, or
+    not OpenMP, is asked again without.
 
     Args:
         source: C.
@@ -34,17 +33,27 @@ def library(source: str) -> ctypes.CDLL | None:
         The library; None, with a warning, where no compiler makes one of it.
     """
     compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
-    machine = MACHINES.get(torch.backends.cpu.get_cpu_capability(), ())
     said = "there is none"
     if compiler is not None:
-        for flags in ((*FLAGS, *machine, "-fopenmp"), (*FLAGS, "-fopenmp"), (*FLAGS, *machine), FLAGS):
-            name = hashlib.sha256("\0".join((source, compiler, *flags)).encode()).hexdigest()[:24] + ".so"
+        for flags in ((*FLAGS, *MACHINE, "-fopenmp"), (*FLAGS, "-fopenmp"), (*FLAGS, *MACHINE), FLAGS):
+            name = hashlib.sha256("\0".join((source, compiler, processor(), *flags)).encode()).hexdigest()[:24] + ".so"
             path = folder() / name
             said = "" if path.exists() else _compile((compiler, *flags), source, path)
             if not said:
                 return ctypes.CDLL(str(path))
     warnings.warn(f"no C compiler ({said}): optimizer steps on the CPU run eagerly, many times slower.", stacklevel=2)
     return None
+
+
+@cache
+def processor() -> str:
+    """Return what tells processors apart that do not run each other's code: a home may be shared by many machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    kept = ("model name", "flags", "Features", "CPU part")
+    return "\n".join(dict.fromkeys(line for line in lines if line.startswith(kept)))
 
 
 @cache

@@ -9,7 +9,7 @@
 
 enum { FLOAT32, BFLOAT16, DYNAMIC8, UDYNAMIC8, CODEBOOK4 };
 enum { FIRST, PARAMETER, P_KIND, GRADIENT, G_KIND, NUMEL, BLOCK, SCALARS, FACTOR, STOCHASTIC, KEY0, KEY1, STEP, HEAD };
-enum { DATA, KIND, SCALE, TABLE, MOMENT_COLUMNS };
+enum { DATA, KIND, SCALE, TABLE, STEPS, MOMENT_COLUMNS };
 // What TABLE points to: what each code stands for; for 4 bits also the largest number of each code but the last, the
 // format's largest value and its code of 0.
 enum { BOUNDS = 16, MAX = 31, ZERO = 32 };
@@ -82,53 +82,20 @@ static float scale_of(const float *restrict x, int n) {
     return amax > 0 && amax < SMALLEST_SCALE ? SMALLEST_SCALE : amax;
 }
 
-#define MAGIC 12582912.0f  // 1.5 * 2^23: adding it rounds to an integer, which then lies in the lowest bits
-#define NINTH (float)(1. / 9)
-
-static inline int32_t decade_of(float a) {
-    int32_t decade = (int32_t)((bits_of(a) >> 8) * (uint32_t)PER_DECADE - (uint32_t)FIRST_DECADE) >> 26;
-    return decade < 6 ? decade : 6;
-}
-
-// Codes per unit of a; EDGES are the first floats of decades 1 to 6. Comparisons vectorise better than a table of seven.
-static inline float slope_of(float a, const float *restrict slopes) {
-    static const float edges[] = {EDGES};
-    float slope = slopes[0];
-    slope = a >= edges[0] ? slopes[1] : slope;
-    slope = a >= edges[1] ? slopes[2] : slope;
-    slope = a >= edges[2] ? slopes[3] : slope;
-    slope = a >= edges[3] ? slopes[4] : slope;
-    slope = a >= edges[4] ? slopes[5] : slope;
-    return a >= edges[5] ? slopes[6] : slope;
-}
-
-static void encode_signed(uint8_t *restrict codes, const float *restrict x, float inverse, int n) {
-    static const float slopes[] = {SIGNED_SLOPES};
-#pragma omp simd
+// Where codes end stands in STEPS, by the leading bits of the number: an entry holds the code of the smallest number that
+// begins with them, and in its lower bits what carries into the next code when the number's other bits are added.
+static void encode_signed(uint8_t *restrict codes, const float *restrict x, const int32_t *restrict steps, float inverse, int n) {
     for (int i = 0; i < n; i++) {
-        float y = x[i] * inverse, a = fabsf(y);
-        a = a > 1e-7f ? a : 1e-7f;
-        float in_decade = float_of((uint32_t)(decade_of(a) + 127) << 23);
-        float j = a * slope_of(a, slopes) - in_decade * NINTH;
-        float shift = (j < 0.2f) | (j > 63.4f) ? 0.75f : 0.5f;
-        shift = y > 0.996484375f ? 0.0f : shift;
-        int32_t magnitude = bits_of(((j - shift) + in_decade) + MAGIC) & 0xFFFF;
-        int32_t sign = (int32_t)bits_of(y) >> 31;
-        codes[i] = (uint8_t)(127 + ((magnitude ^ sign) - sign));
+        int32_t key = (int32_t)bits_of(x[i] * inverse);
+        key ^= (key >> 31) & 0x7FFFFFFF;  // in the order of the numbers
+        codes[i] = (uint8_t)(((key & 0x1FFFF) + steps[key >> 17]) >> 17);
     }
 }
 
-static void encode_unsigned(uint8_t *restrict codes, const float *restrict x, float inverse, int n) {
-    static const float slopes[] = {UNSIGNED_SLOPES};
-#pragma omp simd
+static void encode_unsigned(uint8_t *restrict codes, const float *restrict x, const int32_t *restrict steps, float inverse, int n) {
     for (int i = 0; i < n; i++) {
-        float y = x[i] * inverse, a = y > 2e-7f ? y : 2e-7f;
-        float in_decade = float_of((uint32_t)(decade_of(a) + 128) << 23);
-        float j = a * slope_of(a, slopes) - in_decade * NINTH;
-        float shift = j < 0.2f ? 0.75f : 0.5f;
-        shift = y > 0.9982421875f ? 0.0f : shift;
-        int32_t code = (int32_t)(bits_of(((j - shift) + in_decade) + MAGIC) & 0xFFFF) - 1;
-        codes[i] = (uint8_t)(y > 0 ? code : 0);
+        int32_t key = (int32_t)bits_of(x[i] * inverse);
+        codes[i] = (uint8_t)(((key & 0xFFFF) + steps[key >> 16]) >> 16);
     }
 }
 
@@ -163,8 +130,9 @@ static void encode_block(const float *restrict x, const int64_t *moment, int64_t
     float scale = scale_of(x, n), inverse = scale > 0 ? 1 / scale : 0;
     uint8_t *codes = (uint8_t *)moment[DATA];
     ((float *)moment[SCALE])[block] = scale;
-    if (moment[KIND] == DYNAMIC8) encode_signed(codes + first, x, inverse, n);
-    else if (moment[KIND] == UDYNAMIC8) encode_unsigned(codes + first, x, inverse, n);
+    const int32_t *steps = (const int32_t *)moment[STEPS];
+    if (moment[KIND] == DYNAMIC8) encode_signed(codes + first, x, steps, inverse, n);
+    else if (moment[KIND] == UDYNAMIC8) encode_unsigned(codes + first, x, steps, inverse, n);
     else encode4(codes + first / 2, x, (const float *)moment[TABLE], inverse, n);
 }
 

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from lowbits.formats import DYNAMIC8, UDYNAMIC8, Codebook, Format
 from lowbits.kernels import c_library
 from lowbits.optim._as_c import rule_as_c
-from lowbits.optim._blockwise import FIRST_DECADE, PER_DECADE, SMALLEST_SCALE, Blockwise, decade_slopes
+from lowbits.optim._blockwise import SMALLEST_SCALE, Blockwise
 from lowbits.optim._codec import Exact, StateCodec
+from lowbits.optim._steps import SHIFTS, steps_of
 from lowbits.quantizers import Noise, Rounding
 
 if TYPE_CHECKING:
@@ -146,9 +147,10 @@ def _kind(codec: StateCodec) -> int | None:
 def _moment(state: dict[str, Tensor], name: str, codec: StateCodec, kind: int | None) -> Row:
     assert kind is not None
     if isinstance(codec, Exact):
-        return [state[f"{name}.value"].data_ptr(), kind, 0, 0]
+        return [state[f"{name}.value"].data_ptr(), kind, 0, 0, 0]
     assert isinstance(codec, Blockwise)
-    return [state[f"{name}.codes"].data_ptr(), kind, state[f"{name}.scale"].data_ptr(), _table(codec).data_ptr()]
+    steps = steps_of(codec).data_ptr() if codec.format in SHIFTS else 0
+    return [state[f"{name}.codes"].data_ptr(), kind, state[f"{name}.scale"].data_ptr(), _table(codec).data_ptr(), steps]
 
 
 @cache
@@ -164,21 +166,7 @@ def _table(codec: Blockwise) -> Tensor:
 @cache
 def _library(body: str, moments: int) -> ctypes.CDLL | None:
     """Return the step compiled for one rule."""
-    first = [-(-(FIRST_DECADE + k * 2**26) // PER_DECADE) << 8 for k in range(1, 7)]
-    constants = {
-        "MOMENTS": str(moments),
-        "SMALLEST_SCALE": _floats([SMALLEST_SCALE]),
-        "PER_DECADE": str(PER_DECADE),
-        "FIRST_DECADE": str(FIRST_DECADE),
-        "EDGES": _floats(torch.tensor(first, dtype=torch.int32).view(torch.float32).tolist()),
-        "SIGNED_SLOPES": _floats(decade_slopes(signed=True)),
-        "UNSIGNED_SLOPES": _floats(decade_slopes(signed=False)),
-    }
+    constants = {"MOMENTS": str(moments), "SMALLEST_SCALE": f"{SMALLEST_SCALE.hex()}f"}
     source = resources.files("lowbits.kernels").joinpath("optimizer.c").read_text(encoding="utf-8")
     defined = "".join(f"#define {name} {value}\n" for name, value in constants.items())
     return c_library(defined + source.replace("    RULE\n", f"    {body}\n"))
-
-
-def _floats(values: Sequence[float]) -> str:
-    """Return C literals of the float32 values."""
-    return ", ".join(f"{value.hex()}f" for value in torch.tensor(values, dtype=torch.float32).tolist())

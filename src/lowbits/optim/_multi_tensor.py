@@ -21,6 +21,7 @@ from lowbits.optim._blockwise import Blockwise
 from lowbits.optim._clipping import GlobalNorm
 from lowbits.optim._codec import FLOAT32, StateCodec
 from lowbits.optim._sharding import add_up_gradient_, first_element, is_sharded
+from lowbits.optim._steps import SHIFTS, steps_of
 from lowbits.quantizers import Noise, Rounding
 
 if TYPE_CHECKING:
@@ -180,8 +181,8 @@ class Tables:
         self.limit = torch.zeros((), dtype=torch.float64, device=device)
         codecs = {codec for signature in self.buckets for codec in signature.codecs if isinstance(codec, Blockwise)}
         self.points: dict[StateCodec, Tensor] = {codec: _points_on(codec, device) for codec in codecs}
-        coded = [codec for codec in codecs if _kind(codec) in _SHIFTS]
-        self.steps: dict[StateCodec, Tensor] = {codec: _steps_on(codec, device) for codec in coded}
+        coded = [codec for codec in codecs if codec.format in SHIFTS]
+        self.steps: dict[StateCodec, Tensor] = {codec: steps_of(codec, device) for codec in coded}
         self.zero = torch.zeros(16, dtype=torch.int32, device=device)
 
     def _fill(self) -> None:
@@ -379,38 +380,6 @@ class Tables:
 
     def _type(self, dtype: torch.dtype) -> Any:
         return getattr(self.k.tl, _FLOATS[dtype])
-
-
-_SHIFTS = {"SIGNED": 17, "UNSIGNED": 16, "SIGNED4": 17}
-
-
-@cache
-def _steps(codec: Blockwise) -> Tensor:
-    """Return the table by which the kernels encode a code book.
-
-    The float32 numbers, in their order, are cut into bins of 2^16 (2^17) numbers, in none of which more than one code
-    ends. An entry holds, above these bits, the code of the bin's first number; in them, what must be added to the
-    number's place in the bin to carry into the next code.
-
-    Returns:
-        int32 [2^16] ([2^15]); the middle one is the bin that begins with 0.
-    """
-    kind = _kind(codec)
-    assert kind is not None
-    shift = _SHIFTS[kind]
-    ends, bins = codec.ends(), torch.arange(-(1 << (31 - shift)), 1 << (31 - shift))
-    entries = torch.searchsorted(ends, bins << shift) << shift
-    within = (ends >> shift) + len(bins) // 2
-    assert within.unique().numel() == within.numel(), f"{codec}: two codes end in one bin"
-    entries[within] += ((1 << shift) - 1) - (ends & ((1 << shift) - 1))
-    return entries.to(torch.int32)
-
-
-@cache
-def _steps_on(codec: Blockwise, device: torch.device) -> Tensor:
-    """The same on a device, from the middle on: shared by all tables there, of which there may be one a parameter."""
-    table = _steps(codec).to(device)
-    return table[len(table) // 2 :]
 
 
 @cache
