@@ -39,7 +39,7 @@ TIME = tl.constexpr(14)
 APPLIED = tl.constexpr(15)  # what the gradient is multiplied by; NaN: this step does not happen
 WIDTH = tl.constexpr(16)
 
-# How a moment is coded. The number of the code for 0 is what a short block is filled up with.
+# How a moment is coded; see `_encode`.
 NONE = tl.constexpr(0)
 FLOAT32 = tl.constexpr(1)
 SIGNED = tl.constexpr(2)  # code books, by tables
