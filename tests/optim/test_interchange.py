@@ -24,7 +24,6 @@ from lowbits.optim import (
     RMSprop,
     to_torch_state_dict,
 )
-from lowbits.optim._blockwise import dynamic_codes
 
 SIGNED, UNSIGNED = Blockwise(DYNAMIC8), Blockwise(UDYNAMIC8)
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "bitsandbytes.pt"
@@ -104,7 +103,7 @@ def test_bitsandbytes_goes_on_here(golden: dict[str, Any], name: str, nested: bo
 def test_blocks_of_2048_are_encoded_anew() -> None:
     value = torch.randn(3, 2048, generator=torch.Generator().manual_seed(0))
     scale = value.abs().amax(1, keepdim=True)
-    codes = dynamic_codes(value / scale, signed=True)
+    codes = SIGNED._codes(value / scale)
     points = torch.tensor(DYNAMIC8.code_values)
     state = {"step": 7, "state1": codes, "qmap1": points, "absmax1": scale.flatten()}
     (p,) = parameters([torch.zeros(3, 2048)])

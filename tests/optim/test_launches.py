@@ -13,8 +13,7 @@ import torch
 
 from lowbits.formats import DYNAMIC4, DYNAMIC8, UDYNAMIC8
 from lowbits.optim import Blockwise
-from lowbits.optim._blockwise import order
-from lowbits.optim._steps import SHIFTS, steps_of
+from lowbits.optim._steps import SHIFTS, order, steps_of
 
 ROOT = Path(__file__).resolve().parents[2]
 INTERPRETED = ["AdamW8bit", "clipped", "AdamW4bit", "SGD8bit", "AdEMAMix8bit", "stochastic, blocks of 80"]
@@ -59,7 +58,7 @@ def test_the_look_up_gives_the_codes_of_the_definition(book):
     shift, table = SHIFTS[book], steps_of(codec)
     generator = torch.Generator().manual_seed(0)
     bits = torch.randint(0, 0x3F800001, (1_000_000,), generator=generator)
-    places = torch.cat([bits, *(codec.ends() + near for near in (-1, 0, 1))])
+    places = torch.cat([bits, *(order(torch.tensor(book.boundaries)) + near for near in (-1, 0, 1))])
     if book.min < 0:
         places = torch.cat([places, -bits])
     y = torch.where(places < 0, places ^ 0x7FFFFFFF, places).to(torch.int32).view(torch.float32)

@@ -1,11 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Moments in 8 or 4 bits, every block of the flattened tensor with a scale of its own (arXiv:2110.02861, sec. 2.1).
 
-    N = max |x| over the block;   y = x * (1 / N);   code = nearest point of the format to y max;   x ~ point / max * N
-
-The dynamic code books are encoded in closed form, without a search: the exponent bits of y tell its decade, and within
-a decade the codes are linear in y. This form is the definition here; it is the nearest point but for quotients within
-a few units in the last place of the middle between two points, where it may take the other one.
+N = max |x| over the block;   y = x * (1 / N);   code = nearest point of the format to y max;   x ~ point / max * N
 """
 
 from __future__ import annotations
@@ -20,68 +16,12 @@ import torch
 from torch import Tensor
 
 from lowbits.errors import SpecError
-from lowbits.formats import DYNAMIC8, UDYNAMIC8, Format, pack, packed_bytes, unpack
+from lowbits.formats import Format, pack, packed_bytes, unpack
 from lowbits.optim._codec import Stored
 from lowbits.quantizers import Noise
 
 SMALLEST_SCALE = 2.0**-126
 """Scales of blocks that are not all zero are normal float32 numbers: below, 1 / N would overflow."""
-
-# Decade i = 0 .. 6 of a magnitude a, from its bits: ((bits >> 8) * PER_DECADE - FIRST_DECADE) >> 26. The decades are
-# 3.3247 octaves wide (2^26 / 616 / 2^15) and end up to one cell below each power of ten: closer is not needed.
-PER_DECADE = 616
-_EDGE = -3.41  # log2 of where the last decade begins, as exponent + fraction of the float
-FIRST_DECADE = round((_EDGE + 127 - 6 * 2**26 / PER_DECADE / 2**15) * 2**15) * PER_DECADE
-_ZERO_ENDS = 2.75e-7  # half the smallest positive point of the signed book
-
-
-def decade_slopes(signed: bool) -> tuple[float, ...]:
-    """Return codes per unit of y in each decade: n / 0.9 * 10^(6 - i), n = 2^i (signed) or 2^(i + 1) codes."""
-    first = 0 if signed else 1
-    slopes = [2.0 ** (i + first) / 0.9 * 10.0 ** (6 - i) for i in range(7)]
-    if signed:  # its one code begins half-way to zero, as the first code of every other decade half-way to the last
-        slopes[0] = (0.2 + 1 / 9) / _ZERO_ENDS
-    return tuple(slopes)
-
-
-def dynamic_codes(y: Tensor, signed: bool) -> Tensor:
-    """Return the code of the nearest point of `DYNAMIC8` or `UDYNAMIC8`.
-
-    Within a decade of n codes, j = a slope - n / 9 counts codes from the decade's start. The first fifth of the first
-    one belongs to the last code of the decade below, which is five times as wide.
-
-    Args:
-        y: float32, any shape, within [-1, 1] or [0, 1] up to rounding.
-        signed: which book.
-    Returns:
-        uint8. Only y = 0 has the unsigned code 0.
-    """
-    first = 0 if signed else 1
-    # fmax, not maximum: a code has to exist for NaN as well; the block's scale is what carries it on.
-    a = torch.fmax(y.abs() if signed else y, torch.full((), 1e-7 if signed else 2e-7, device=y.device))
-    decade = (((a.view(torch.int32) >> 8) * PER_DECADE - FIRST_DECADE) >> 26).clamp(0, 6)
-    slopes = torch.tensor(decade_slopes(signed), dtype=torch.float32, device=y.device)
-    n = ((decade + (127 + first)) << 23).view(torch.float32)
-    j = a * slopes[decade] - n * (1 / 9)
-    if signed:
-        shift = torch.where((j < 0.2) | (j > 63.4), 0.75, 0.5)
-        shift = torch.where(y > 0.996484375, 0.0, shift)
-        magnitude = torch.round((j - shift) + n)
-        return (torch.copysign(magnitude, y) + 127).to(torch.uint8)
-    shift = torch.where(j < 0.2, 0.75, 0.5)
-    shift = torch.where(y > 0.9982421875, 0.0, shift)
-    return torch.where(y > 0, torch.round((j - shift) + n) - 1, 0).to(torch.uint8)
-
-
-def order(x: Tensor) -> Tensor:
-    """Return int64 numbers in the order of float32 numbers: their bits, those of negative ones turned round."""
-    bits = x.view(torch.int32).long()
-    return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-
-
-def _float_at(place: Tensor) -> Tensor:
-    """The inverse of `order`."""
-    return torch.where(place < 0, place ^ 0x7FFFFFFF, place).to(torch.int32).view(torch.float32)
 
 
 @cache
@@ -106,6 +46,7 @@ class Blockwise:
     Raises:
         SpecError: another width or size.
 
+    >>> from lowbits.formats import DYNAMIC8
     >>> Blockwise(DYNAMIC8).bytes_per_element
     1.015625
     """
@@ -137,22 +78,6 @@ class Blockwise:
         """What each code stands for in a block of scale 1; float32."""
         values = torch.tensor(self.format.code_values, dtype=torch.float32)
         return tuple((values * (1 / self.format.max)).nan_to_num(nan=0.0).tolist())
-
-    def ends(self) -> Tensor:
-        """Return how far each code but the last reaches.
-
-        Returns:
-            int64 [codes - 1], ascending: the largest y with this code or a lower one, as `order` counts the floats.
-        """
-        top = int(order(torch.tensor(1 + 2**-22)))
-        low = -top if self.format.min < 0 else 0
-        codes = torch.arange(2**self.format.bits - 1)
-        below, above = torch.full_like(codes, low - 1), torch.full_like(codes, top)
-        while (below < above).any():
-            middle = (below + above + 1) // 2
-            inside = self._codes(_float_at(middle)).long() <= codes
-            below, above = torch.where(inside, middle, below), torch.where(inside, above, middle - 1)
-        return below[below < top]
 
     def init(self, like: Tensor) -> Stored:
         """See `StateCodec.init`."""
@@ -190,8 +115,6 @@ class Blockwise:
         stored["scale"].copy_(scale.view(stored["scale"].shape))
 
     def _codes(self, y: Tensor) -> Tensor:
-        if self.format in (DYNAMIC8, UDYNAMIC8):
-            return dynamic_codes(y, signed=self.format == DYNAMIC8)
         return self.format.encode(self.format.project(y * self.format.max)).to(torch.uint8)
 
     def shapes(self, shape: torch.Size) -> tuple[tuple[int, ...], tuple[int, ...]]:

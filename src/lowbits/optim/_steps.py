@@ -8,7 +8,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from lowbits.formats import DYNAMIC4, DYNAMIC8, UDYNAMIC8, Format
+from lowbits.formats import DYNAMIC4, DYNAMIC8, UDYNAMIC8, Codebook, Format
 from lowbits.optim._blockwise import Blockwise
 
 SHIFTS: dict[Format, int] = {DYNAMIC8: 17, UDYNAMIC8: 16, DYNAMIC4: 17}
@@ -21,8 +21,8 @@ def steps_of(codec: Blockwise, device: torch.device = torch.device("cpu")) -> Te
 
     The float32 numbers, in their order, are cut into bins of 2^16 (2^17) numbers, in none of which more than one code
     ends. An entry holds, above these bits, the code of the bin's first number; in them, what must be added to the
-    number's place in the bin to carry into the next code. It is made from the ends of the definition's codes, so it
-    gives these codes, bit for bit.
+    number's place in the bin to carry into the next code. It is made from the code book's own boundaries, so
+    it gives the codes of its search, bit for bit.
 
     Args:
         codec: of a format in `SHIFTS`.
@@ -30,10 +30,17 @@ def steps_of(codec: Blockwise, device: torch.device = torch.device("cpu")) -> Te
     Returns:
         int32 [2^15] ([2^14]): a view that begins with the bin of 0. The bins of negative numbers lie before it.
     """
-    shift = SHIFTS[codec.format]
-    ends, bins = codec.ends(), torch.arange(-(1 << (31 - shift)), 1 << (31 - shift))
+    shift, book = SHIFTS[codec.format], codec.format
+    assert isinstance(book, Codebook) and book.max == 1, "a quotient is looked up as it is"
+    ends, bins = order(torch.tensor(book.boundaries)), torch.arange(-(1 << (31 - shift)), 1 << (31 - shift))
     entries = torch.searchsorted(ends, bins << shift) << shift
     within = (ends >> shift) + len(bins) // 2
     assert within.unique().numel() == within.numel(), f"{codec}: two codes end in one bin"
     entries[within] += ((1 << shift) - 1) - (ends & ((1 << shift) - 1))
     return entries.to(device, torch.int32)[len(bins) // 2 :]
+
+
+def order(x: Tensor) -> Tensor:
+    """Return int64 numbers in the order of float32 numbers: their bits, those of negative ones turned round."""
+    bits = x.view(torch.int32).long()
+    return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
