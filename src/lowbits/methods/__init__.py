@@ -1,0 +1,6 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One paper, one file: what it changes in a training run beside its recipe."""
+
+from lowbits.methods._contract import Method, Position
+
+__all__ = ["Method", "Position"]
