@@ -1,15 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Say what a quantizer does to a tensor, in five numbers that do not depend on the tensor's scale or size."""
+"""Say what a quantizer does to a tensor, in a few numbers that do not depend on the tensor's scale or size.
+
+They come from sums that are taken where the tensor is and add up over parts of a tensor, micro-batches and processes.
+`error_sums` waits for no device, so that a whole model can be measured with one transfer at the end.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 
-from lowbits.quantizers import Noise, QTensor, QuantSpec, Rounding, quantize
+from lowbits.quantizers import Noise, QTensor, QuantSpec, quantize
 
 
 @dataclass(frozen=True)
@@ -22,6 +27,9 @@ class TensorErrors:
         clipped: share of the entries that lie beyond the ends of their group's grid.
         relative_error: ||x - x_hat|| / ||x||, Frobenius.
         amax: largest magnitude in the tensor.
+        bias: <x_hat, x> / <x, x> - 1, the share by which the tensor grew, or shrank (negative). 0 on average for
+            unbiased rounding; clipping shrinks.
+        nonfinite: share of the entries that are NaN or infinite.
     """
 
     sqnr_db: float
@@ -29,31 +37,88 @@ class TensorErrors:
     clipped: float
     relative_error: float
     amax: float
+    bias: float
+    nonfinite: float
+
+    @staticmethod
+    def of_sums(rows: Sequence[Sequence[float]]) -> TensorErrors:
+        """Return the errors of a tensor from the sums of its parts.
+
+        Args:
+            rows: what `error_sums` returned for each part, on the host; at least one.
+        """
+        *sums, largest = zip(*rows, strict=True)
+        count, live, flushed, clipped, bad, signal, noise, restored = map(sum, sums)
+        relative = math.sqrt(noise / signal) if signal > 0 else noise
+        return TensorErrors(
+            sqnr_db=-20 * math.log10(relative) if relative > 0 else math.inf if relative == 0 else math.nan,
+            zero=flushed / live if live else 0.0,
+            clipped=clipped / count,
+            relative_error=relative,
+            amax=math.nan if any(map(math.isnan, largest)) else max(largest),
+            # By the law of cosines, which needs no product of the two tensors.
+            bias=(restored - signal - noise) / (2 * signal) if signal > 0 else 0.0,
+            nonfinite=bad / count,
+        )
+
+    @property
+    def overflowed(self) -> bool:
+        """Whether the tensor is finite and its quantized form is not."""
+        return self.nonfinite == 0 and not math.isfinite(self.relative_error)
 
     def as_json(self) -> dict[str, float | None]:
-        """Return the fields with None for what is not finite, which JSON cannot hold."""
-        return {name: value if math.isfinite(value) else None for name, value in asdict(self).items()}
+        """Return the fields to six digits, with None for what is not finite, which JSON cannot hold."""
+        return {name: float(f"{v:.6g}") if math.isfinite(v) else None for name, v in asdict(self).items()}
 
 
 def tensor_errors(x: Tensor, spec: QuantSpec) -> TensorErrors:
     """Quantize a tensor and measure what was lost.
 
-    With a Hadamard transform, flushing and clipping are counted where they happen, after the transform; the other
-    numbers are the same in either basis, since the transform is orthonormal.
+    With a Hadamard transform, errors are counted where they happen, after the transform; it is orthonormal, so that
+    their norms are the same in either basis.
 
     Args:
         x: float, `[..., K]`; the last axis is the one that the GEMM contracts. Not changed, not differentiated.
         spec: how it is quantized. Stochastic rounding is measured with one fixed draw.
     Returns:
-        The five numbers; NaN where the tensor holds NaN or infinities.
+        The numbers; NaN where the tensor holds NaN or infinities.
     Raises:
         ShapeError: the granularity does not fit the shape.
     """
-    q = quantize_once(x.detach(), spec)
-    target = x.detach().float()
-    if spec.transform is not None:
-        target = spec.transform.forward(target)
-    return _compare(target, q)
+    x = x.detach()
+    return TensorErrors.of_sums([error_sums(x, quantize_once(x, spec)).tolist()])
+
+
+@torch.no_grad()
+def error_sums(x: Tensor, q: QTensor) -> Tensor:
+    """Return the sums that `TensorErrors.of_sums` takes, without waiting for the device.
+
+    Norms are taken of tensors divided by amax, row by row in float32 and over the rows in float64: no magnitude
+    under- or overflows, and a million entries lose no digit that matters.
+
+    Args:
+        x: float, `[..., K]`, what was quantized.
+        q: what became of it.
+    Returns:
+        float64 `[9]`: entries, those not zero, flushed, clipped, not finite, sum x^2, sum (x - x_hat)^2, sum x_hat^2,
+        amax.
+    """
+    target = x.float() if q.spec.transform is None else q.spec.transform.forward(x)
+    x_hat = q.rotated()
+    error = target - x_hat
+    amax = target.abs().amax()
+    unit = torch.where(amax > 0, amax, 1.0)
+    live = target != 0
+    counts = [live, live & (x_hat == 0), _clipped(error, x_hat, q), target - target]  # NaN and inf less themselves: NaN
+    norms = [torch.linalg.vector_norm(t / unit, dim=-1).double() * unit for t in (target, error, x_hat)]
+    return torch.stack(
+        [
+            amax.new_full((), x.numel(), dtype=torch.float64),
+            *(torch.count_nonzero(t).double() for t in counts),
+            *(norm.square().sum() for norm in norms),
+            amax.double(),
+        ]
+    )
 
 
 def quantize_once(x: Tensor, spec: QuantSpec) -> QTensor:
@@ -63,25 +128,11 @@ def quantize_once(x: Tensor, spec: QuantSpec) -> QTensor:
         x: as in `quantize`.
         spec: as in `quantize`.
     """
-    if spec.rounding is Rounding.NEAREST:
-        return quantize(x, spec)
-    return quantize(x, spec, Noise.of(0, "analysis", "x").uniform(x.shape, 0, device=x.device))
+    return quantize(x, spec, spec.draw(Noise.of(0, "analysis", "x"), x.shape, 0, device=x.device))
 
 
-def _compare(x: Tensor, q: QTensor) -> TensorErrors:
-    x_hat = q.rotated()
+def _clipped(error: Tensor, x_hat: Tensor, q: QTensor) -> Tensor:
+    """Where an entry lies beyond an end of the grid."""
     slack = 1e-6 * x_hat.abs()  # x / scale * scale differs from x in the last bits of float32
-    over = (q.values == q.spec.format.max) & (x > x_hat + slack)
-    under = (q.values == q.spec.format.min) & (x < x_hat - slack)
-    nonzero = x != 0
-    counts = [nonzero.sum(), (nonzero & (x_hat == 0)).sum(), (over | under).sum()]
-    powers = [(x * x).sum(dtype=torch.float64), (x - x_hat).square().sum(dtype=torch.float64), x.abs().amax()]
-    live, flushed, clipped, signal, noise, amax = torch.stack([t.double() for t in counts + powers]).tolist()
-    relative = math.sqrt(noise / signal) if signal > 0 else noise
-    return TensorErrors(
-        sqnr_db=-20 * math.log10(relative) if relative > 0 else math.inf if relative == 0 else math.nan,
-        zero=flushed / live if live else 0.0,
-        clipped=clipped / x.numel(),
-        relative_error=relative,
-        amax=amax,
-    )
+    over = (q.values == q.spec.format.max) & (error > slack)
+    return over | ((q.values == q.spec.format.min) & (error < -slack))

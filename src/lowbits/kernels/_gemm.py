@@ -3,7 +3,10 @@
 
 Shapes: M rows of the left operand, N rows of the right one, K the contraction. Two ways to run:
 
-- simulated: decode both operands to the compute dtype and multiply. Any recipe, any device, no speed gained.
+- simulated: decode both operands to the compute dtype and multiply, sums in float32. Any recipe, any device, no speed
+  gained. Scales that a tensor core would apply to the sums are applied to the sums (`QTensor.factors`), so the numbers
+  are those of the hardware up to the order of summation: every E2M1 times E4M3, and every FP8 number, is exact in
+  bfloat16, and a product of two is exact in float32.
 - native: multiply the codes on integer or FP8 units and apply the scales to the sums,
 
         y[m, n] = scale_lhs[m] scale_rhs[n] sum_k lhs[m, k] rhs[n, k],
@@ -21,7 +24,18 @@ from torch.nn.functional import pad
 
 from lowbits.errors import NativeError
 from lowbits.formats import E4M3, E5M2, Format, IntFormat
-from lowbits.quantizers import AbsMean, Amax, PerRow, PerTensor, PowerOfTwo, QTensor, QuantSpec
+from lowbits.quantizers import (
+    AbsMean,
+    Amax,
+    Microscaling,
+    PerRow,
+    PerTensor,
+    PowerOfTwo,
+    QTensor,
+    QuantSpec,
+    ReciprocalAmax,
+    TwoLevel,
+)
 
 _FLOAT8: dict[Format, torch.dtype] = {E4M3: torch.float8_e4m3fn, E5M2: torch.float8_e5m2}
 _INT32_TERMS = (2**31 - 1) // 128**2  # longest sum of int8 products that cannot overflow int32
@@ -46,7 +60,9 @@ def illegal_on_hardware(lhs: QuantSpec | None, rhs: QuantSpec | None) -> str | N
     for spec in (lhs, rhs):
         if not isinstance(spec.granularity, PerTensor | PerRow):
             return f"the scales of `{spec}` vary along the contraction"
-        if not isinstance(spec.scale, Amax | PowerOfTwo | AbsMean):
+        if isinstance(spec.scale, TwoLevel | Microscaling):
+            return f"the scales of `{spec}` are themselves in 8 bits, which needs units for block scales"
+        if not isinstance(spec.scale, Amax | PowerOfTwo | ReciprocalAmax | AbsMean):
             return f"`{spec}` has a zero point"
         if isinstance(spec.format, IntFormat) and spec.format.max > 127:
             return f"`{spec}` does not fit signed 8-bit operands"
@@ -73,13 +89,30 @@ def scaled_mm(lhs: Tensor | QTensor, rhs: Tensor | QTensor, dtype: torch.dtype, 
     """
     if execution is Execution.NATIVE:
         return _native(lhs, rhs, dtype)
-    if isinstance(lhs, QTensor) and isinstance(rhs, QTensor) and lhs.spec.transform == rhs.spec.transform:
-        return lhs.rotated().to(dtype) @ rhs.rotated().to(dtype).t()  # orthonormal rotations cancel in the product
-    return _decoded(lhs, dtype) @ _decoded(rhs, dtype).t()
+    a, b = _in_one_basis(lhs, rhs)
+    (a, outer_a), (b, outer_b) = (x.factors() if isinstance(x, QTensor) else (x, None) for x in (a, b))
+    if outer_a is None and outer_b is None:
+        return a.to(dtype) @ b.to(dtype).t()
+    # bfloat16 sums would be rounded twice. Where a GEMM has no float32 output (CPUs), float32 operands have the same
+    # products.
+    if dtype == torch.bfloat16 and a.device.type == "cuda":
+        sums = torch.mm(a.to(dtype), b.to(dtype).t(), out_dtype=torch.float32)
+    else:
+        sums = a.to(dtype).float() @ b.to(dtype).float().t()
+    sums = sums if outer_a is None else sums * outer_a
+    return (sums if outer_b is None else sums * outer_b.t()).to(dtype)
 
 
-def _decoded(x: Tensor | QTensor, dtype: torch.dtype) -> Tensor:
-    return (x.dequantize() if isinstance(x, QTensor) else x).to(dtype)
+def _in_one_basis(lhs: Tensor | QTensor, rhs: Tensor | QTensor) -> tuple[Tensor | QTensor, Tensor | QTensor]:
+    """Orthonormal rotations cancel where both operands have the same one; others are undone."""
+    transforms = [x.spec.transform if isinstance(x, QTensor) else None for x in (lhs, rhs)]
+    if transforms[0] == transforms[1]:
+        return lhs, rhs
+    a, b = (
+        x.dequantize() if isinstance(x, QTensor) and transform is not None else x
+        for x, transform in zip((lhs, rhs), transforms, strict=True)
+    )
+    return a, b
 
 
 def _native(lhs: Tensor | QTensor, rhs: Tensor | QTensor, dtype: torch.dtype) -> Tensor:

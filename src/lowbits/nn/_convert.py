@@ -13,7 +13,7 @@ from torch import nn
 from lowbits.errors import ConversionError, ShapeError
 from lowbits.nn._linear import ROLES, QuantizedConv1D, QuantizedLayer, QuantizedLinear
 from lowbits.nn._recipe import Recipe
-from lowbits.quantizers import Noise, PerGroup, PerTile, QuantSpec
+from lowbits.quantizers import Noise
 
 Choose = Callable[[str, nn.Module], Recipe | None]
 
@@ -61,7 +61,7 @@ def convert_(model: nn.Module, choose: Recipe | Choose, *, seed: int = 0, verbos
         The `Conversion`.
     Raises:
         ConversionError: nothing was converted.
-        ShapeError: a group or tile does not divide a layer's size; names the layer. Nothing has been converted then.
+        ShapeError: `grad_parts` does not divide a layer's size; names the layer. Nothing has been converted then.
     """
     head = _head(model)
     chosen: dict[str, tuple[nn.Module, Recipe]] = {}
@@ -157,32 +157,7 @@ def _convert_layer(name: str, module: nn.Module, recipe: Recipe, seed: int) -> N
 
 
 def _check_sizes(name: str, module: nn.Module, recipe: Recipe) -> None:
-    """Refuse groups and tiles that do not divide; the number of tokens is known only when training."""
-    k, n = _sizes(module)
+    """Refuse parts of G that do not divide; groups, tiles and rotations take any size."""
+    _, n = _sizes(module)
     if n % recipe.grad_parts:
         raise ShapeError(f"{name}: grad_parts={recipe.grad_parts} does not divide out_features={n}.")
-    known = [
-        (recipe.fprop.lhs, None, k), (recipe.fprop.rhs, n, k),
-        (recipe.dgrad.lhs, None, n // recipe.grad_parts), (recipe.dgrad.rhs, k, n),
-        (recipe.wgrad.lhs, n // recipe.grad_parts, None), (recipe.wgrad.rhs, k, None),
-    ]  # fmt: skip
-    for spec, rows, columns in known:
-        if spec is not None:
-            _check_spec(name, spec, rows, columns)
-
-
-def _check_spec(name: str, spec: QuantSpec, rows: int | None, columns: int | None) -> None:
-    granularity = spec.granularity
-    needs = []
-    if isinstance(granularity, PerGroup):
-        needs.append((granularity.size, columns))
-    if isinstance(granularity, PerTile):
-        needs += [(granularity.rows, rows), (granularity.columns, columns)]
-    if spec.transform is not None:
-        needs.append((spec.transform.size, columns))
-    for size, extent in needs:
-        if extent is not None and extent % size:
-            raise ShapeError(
-                f"{name}: `{spec}` needs {extent} to be divisible by {size}. "
-                "Leave the layer out in `choose`, or take a size that divides."
-            )

@@ -16,7 +16,7 @@ from torch.nn.functional import linear
 from lowbits.errors import ShapeError
 from lowbits.kernels import Execution, scaled_mm
 from lowbits.nn._recipe import Recipe, Save
-from lowbits.quantizers import Noise, PackedTensor, QTensor, QuantSpec, Rounding, quantize
+from lowbits.quantizers import Noise, PackedTensor, QTensor, QuantSpec, quantize
 
 ROLES = ("fprop.lhs", "fprop.rhs", "dgrad.lhs", "dgrad.rhs", "wgrad.lhs", "wgrad.rhs")
 
@@ -110,42 +110,53 @@ class _QuantizedMatmul(torch.autograd.Function):
         qx = _operand(x, recipe.fprop.lhs, plan, "fprop.lhs", noise)
         qw = _operand(w, recipe.fprop.rhs, plan, "fprop.rhs", noise)
         ctx.plan, ctx.dtypes = plan, (x.dtype, w.dtype)
+        kept: list[Tensor | QTensor] = [x, w]
         if recipe.save is Save.QUANTIZED:
-            packed = [q.pack() for q in (qx, qw) if isinstance(q, QTensor)]
-            ctx.packed = [(p.spec, p.shape) for p in packed]
-            ctx.save_for_backward(noise, *[t for p in packed for t in (p.codes, p.scale, p.zero_point)])
-        else:
-            ctx.save_for_backward(noise, x, w)
+            kept = [qx, qw]
+        elif recipe.save is Save.OPERANDS and ctx.needs_input_grad[1]:
+            kept = [_operand(x.t(), recipe.wgrad.rhs, plan, "wgrad.rhs", noise), w]
+        packed = [q.pack() if isinstance(q, QTensor) else q for q in kept]
+        ctx.packed = [(p.spec, p.shape) if isinstance(p, PackedTensor) else None for p in packed]
+        parts = [p.tensors() if isinstance(p, PackedTensor) else (p,) for p in packed]
+        ctx.save_for_backward(noise, *[t for part in parts for t in part])
         return scaled_mm(qx, qw, plan.dtype, recipe.execution if any(recipe.fprop) else Execution.SIMULATED)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # type: ignore[override]
         noise, x, w = _saved(ctx)
-        dx = dw = None
+        plan, dx, dw = ctx.plan, None, None
         if ctx.needs_input_grad[0]:
-            dx = _backward_mm(ctx.plan, "dgrad", g, w.t(), noise).to(ctx.dtypes[0])
+            dx = _backward_mm(plan, "dgrad", g, _turned(w), noise).to(ctx.dtypes[0])
         if ctx.needs_input_grad[1]:
-            dw = _backward_mm(ctx.plan, "wgrad", g.t(), x.t(), noise).to(ctx.dtypes[1])
+            dw = _backward_mm(plan, "wgrad", g.t(), x if plan.recipe.save is Save.OPERANDS else _turned(x), noise)
+            dw = dw.to(ctx.dtypes[1])
         return dx, dw, None, None
 
 
-def _saved(ctx: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """The noise buffer, and X and W as backward is meant to see them."""
-    if ctx.plan.recipe.save is Save.ORIGINAL:
-        return ctx.saved_tensors
+def _saved(ctx: Any) -> tuple[Tensor, Tensor | QTensor, Tensor | QTensor]:
+    """The noise buffer, and X and W as they were saved."""
     noise, *parts = ctx.saved_tensors
-    x, w = (
-        PackedTensor(codes, scale, spec, shape, zero_point).unpack().dequantize()
-        for (spec, shape), (codes, scale, zero_point) in zip(ctx.packed, (parts[:3], parts[3:]), strict=True)
-    )
-    return noise, x, w
+    found: list[Tensor | QTensor] = []
+    for packed in ctx.packed:
+        if packed is None:
+            found.append(parts.pop(0))
+        else:
+            (spec, shape), (codes, scale, zero_point, outer) = packed, parts[:4]
+            found.append(PackedTensor(codes, scale, spec, shape, zero_point, outer).unpack())
+            parts = parts[4:]
+    return noise, found[0], found[1]
 
 
-def _backward_mm(plan: _Plan, name: str, lhs: Tensor, rhs: Tensor, noise: Tensor) -> Tensor:
+def _turned(x: Tensor | QTensor) -> Tensor:
+    """The transpose of what was saved, as a backward GEMM that quantizes it itself wants it."""
+    return (x.dequantize() if isinstance(x, QTensor) else x).t()
+
+
+def _backward_mm(plan: _Plan, name: str, lhs: Tensor, rhs: Tensor | QTensor, noise: Tensor) -> Tensor:
     gemm = plan.recipe.gemms[name]
     gradient_axis = 1 if name == "dgrad" else 0  # where `out` is in G
     q_lhs = _gradient(lhs, gemm.lhs, plan, f"{name}.lhs", noise, gradient_axis)
-    q_rhs = _operand(rhs, gemm.rhs, plan, f"{name}.rhs", noise)
+    q_rhs = rhs if isinstance(rhs, QTensor) else _operand(rhs, gemm.rhs, plan, f"{name}.rhs", noise)
     return scaled_mm(q_lhs, q_rhs, plan.dtype, plan.recipe.execution if any(gemm) else Execution.SIMULATED)
 
 
@@ -153,7 +164,7 @@ def _operand(x: Tensor, spec: QuantSpec | None, plan: _Plan, role: str, noise: T
     if spec is None:
         return x
     try:
-        return quantize(x, spec, _uniform(x, spec, role, noise))
+        return quantize(x, spec, _draw(x.shape, spec, role, noise))
     except ShapeError as error:  # what was known at conversion was checked there; the number of tokens was not
         told = f"{plan.layer_name}, {role}: {error}"
     raise ShapeError(told)  # here, since torch 2.11 cannot trace `from None`
@@ -164,15 +175,14 @@ def _gradient(g: Tensor, spec: QuantSpec | None, plan: _Plan, role: str, noise: 
     parts = plan.recipe.grad_parts
     if spec is None or parts == 1:
         return _operand(g, spec, plan, role, noise)
-    uniform = _uniform(g, spec, role, noise)
-    draws = [None] * parts if uniform is None else uniform.chunk(parts, axis)
-    pieces = [quantize(c, spec, u).dequantize() for c, u in zip(g.chunk(parts, axis), draws, strict=True)]
-    return torch.cat(pieces, axis)
+    chunks = g.chunk(parts, axis)
+    # Drawn for all parts at once, one below the other, so that no two share random bits.
+    drawn = _draw(torch.Size((parts, *chunks[0].shape)), spec, role, noise)
+    draws = [None] * parts if drawn is None else drawn.unbind(0)
+    return torch.cat([quantize(c, spec, u).dequantize() for c, u in zip(chunks, draws, strict=True)], axis)
 
 
-def _uniform(x: Tensor, spec: QuantSpec, role: str, noise: Tensor) -> Tensor | None:
+def _draw(shape: torch.Size, spec: QuantSpec, role: str, noise: Tensor) -> Tensor | None:
     """Draw what stochastic rounding needs; None for nearest."""
-    if spec.rounding is Rounding.NEAREST:
-        return None
     index = 1 + 2 * ROLES.index(role)
-    return Noise((noise[index], noise[index + 1])).uniform(x.shape, noise[0], device=x.device)
+    return spec.draw(Noise((noise[index], noise[index + 1])), shape, noise[0], device=noise.device)

@@ -34,10 +34,17 @@ class Gemm(NamedTuple):
 
 
 class Save(Enum):
-    """What waits for backward: the original input and weight, or their quantized form as packed codes."""
+    """What waits for backward.
+
+    - ORIGINAL: input and weight in high precision;
+    - QUANTIZED: what fprop multiplied, as packed codes; the backward GEMMs see those numbers;
+    - OPERANDS: the input as wgrad's quantized operand, as packed codes; the numbers are those of ORIGINAL, the bytes of
+      codes. The weight stays, which costs nothing: it is a parameter.
+    """
 
     ORIGINAL = "original"
     QUANTIZED = "quantized"
+    OPERANDS = "operands"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +80,8 @@ class Recipe:
             raise SpecError(f"grad_parts={self.grad_parts}: at least 1.")
         if self.save is Save.QUANTIZED and (self.fprop.lhs is None or self.fprop.rhs is None):
             raise SpecError("save=Save.QUANTIZED keeps what fprop multiplied: both its operands must be quantized.")
+        if self.save is Save.OPERANDS and self.wgrad.rhs is None:
+            raise SpecError("save=Save.OPERANDS keeps the input as wgrad multiplies it: wgrad.rhs must be quantized.")
         if self.execution is Execution.NATIVE:
             self._check_native()
 
@@ -98,7 +107,7 @@ class Recipe:
     def stochastic(self) -> bool:
         """Whether any operand is rounded stochastically."""
         operands = [spec for gemm in self.gemms.values() for spec in gemm if spec is not None]
-        return any(spec.rounding is Rounding.STOCHASTIC for spec in operands)
+        return any(spec.rounding is not Rounding.NEAREST for spec in operands)
 
     def illegal(self, gemm: str) -> str | None:
         """Say why a GEMM could not run on integer or FP8 units, None if it could.
@@ -129,8 +138,8 @@ class Recipe:
         words = [f"{name} {gemm.lhs or '-'} x {gemm.rhs or '-'}" for name, gemm in self.gemms.items() if any(gemm)]
         if self.first_moment or self.second_moment:
             words.append(f"moments {self.first_moment or 'float32'}, {self.second_moment or 'float32'}")
-        if self.save is Save.QUANTIZED:
-            words.append("saves codes")
+        if self.save is not Save.ORIGINAL:
+            words.append(f"saves {'codes' if self.save is Save.QUANTIZED else 'codes of X for wgrad'}")
         if self.grad_parts > 1:
             words.append(f"G in {self.grad_parts} parts")
         if not self.plain:

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lowbits.quantizers import Noise, PackedTensor, PerBlock, QuantSpec, Rounding, quantize
+from lowbits.quantizers import Noise, PackedTensor, PerBlock, QTensor, QuantSpec, Rounding, quantize
 
 Stored = dict[str, Tensor]
 
@@ -90,28 +90,27 @@ class Quantized:
 
     def init(self, like: Tensor) -> Stored:
         """See `StateCodec.init`."""
-        zeros = torch.zeros_like(like, dtype=torch.float32)
-        packed = quantize(self._oriented(zeros), self.spec, self._no_noise(zeros)).pack()
-        parts = {"codes": packed.codes, "scale": packed.scale, "zero_point": packed.zero_point}
-        return {name: part for name, part in parts.items() if part is not None}
+        zeros = self._oriented(torch.zeros_like(like, dtype=torch.float32))
+        noise = None if self.spec.rounding is Rounding.NEAREST else zeros.new_zeros(self.spec.padded(zeros.shape))
+        return self._parts(quantize(zeros, self.spec, noise))
 
     def decode(self, stored: Stored, shape: torch.Size) -> Tensor:
         """See `StateCodec.decode`."""
         oriented = shape[::-1] if self._flips(len(shape)) else shape
-        packed = PackedTensor(stored["codes"], stored["scale"], self.spec, tuple(oriented), stored.get("zero_point"))
+        optional = stored.get("zero_point"), stored.get("outer")
+        packed = PackedTensor(stored["codes"], stored["scale"], self.spec, tuple(oriented), *optional)
         return self._oriented(packed.unpack().dequantize())
 
     def encode_(self, stored: Stored, value: Tensor, noise: Noise, step: Tensor) -> None:
         """See `StateCodec.encode_`."""
         value = self._oriented(value)
-        bits = None
-        if self.spec.rounding is Rounding.STOCHASTIC:
-            bits = noise.uniform(value.shape, step, device=value.device)
-        packed = quantize(value, self.spec, bits).pack()
-        stored["codes"].copy_(packed.codes)
-        stored["scale"].copy_(packed.scale)
-        if packed.zero_point is not None:
-            stored["zero_point"].copy_(packed.zero_point)
+        bits = self.spec.draw(noise, value.shape, step, device=value.device)
+        for name, part in self._parts(quantize(value, self.spec, bits)).items():
+            stored[name].copy_(part)
+
+    def _parts(self, quantized: QTensor) -> Stored:
+        names = ("codes", "scale", "zero_point", "outer")
+        return {name: t for name, t in zip(names, quantized.pack().tensors(), strict=True) if t is not None}
 
     def _oriented(self, x: Tensor) -> Tensor:
         return x.t() if self._flips(x.ndim) else x
@@ -119,6 +118,3 @@ class Quantized:
     def _flips(self, ndim: int) -> bool:
         # Blocks run over the flattened parameter as it lies in memory, so its orientation does not matter to them.
         return self.transposed and ndim == 2 and not isinstance(self.spec.granularity, PerBlock)
-
-    def _no_noise(self, zeros: Tensor) -> Tensor | None:
-        return self._oriented(zeros) if self.spec.rounding is Rounding.STOCHASTIC else None

@@ -2,7 +2,8 @@
 """Say which elements share a scale.
 
 Every granularity is one broadcast: `view` reshapes a tensor so that the elements which share a scale lie along
-`dims`; a scale has that view's rank and extent 1 along `dims`.
+`dims`; a scale has that view's rank and extent 1 along `dims`. `restore` undoes it. Any shape works: what does not
+fill its last group, tile or block is filled up with zeros, which change no amax.
 
 The LAST axis of a tensor is the one that its GEMM contracts (K), all axes before it are rows. So in every GEMM
 `PerTensor` and `PerRow` scales can be taken out of the sum, and the others cannot. In the words of the papers:
@@ -24,6 +25,18 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lowbits.errors import ShapeError, SpecError
+
+
+def restore(view: Tensor, like: Tensor, granularity: Granularity) -> Tensor:
+    """Undo `granularity.view`: return `view` in the shape of `like`, without what filled it up."""
+    match granularity:
+        case PerGroup():
+            return view.flatten(-2)[..., : like.shape[-1]]
+        case PerTile():
+            return view.flatten(-2).flatten(-3, -2)[..., : like.shape[-2], : like.shape[-1]]
+        case PerBlock():
+            return view.reshape(-1)[: like.numel()].view(like.shape)
+    return view
 
 
 @dataclass(frozen=True)
@@ -66,16 +79,12 @@ class PerGroup:
 
     def view(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         """See `PerTensor.view`."""
-        _divides(self, self.size, x.shape[-1], "last")
-        return x.unflatten(-1, (-1, self.size)), (-1,)
+        return pad(x, (0, -x.shape[-1] % self.size)).unflatten(-1, (-1, self.size)), (-1,)
 
 
 @dataclass(frozen=True)
 class PerBlock:
-    """One scale for every `size` consecutive elements of the flattened tensor (8-bit optimizer states).
-
-    Any length works: the last block is filled up with zeros, which change no amax.
-    """
+    """One scale for every `size` consecutive elements of the flattened tensor (8-bit optimizer states)."""
 
     size: int
 
@@ -102,8 +111,7 @@ class PerTile:
         """See `PerTensor.view`."""
         if x.ndim < 2:
             raise ShapeError(f"{self} needs at least 2 dimensions, got shape {tuple(x.shape)}. Use PerGroup(size).")
-        _divides(self, self.rows, x.shape[-2], "last but one")
-        _divides(self, self.columns, x.shape[-1], "last")
+        x = pad(x, (0, -x.shape[-1] % self.columns, 0, -x.shape[-2] % self.rows))
         return x.unflatten(-1, (-1, self.columns)).unflatten(-3, (-1, self.rows)), (-3, -1)
 
 
@@ -113,11 +121,3 @@ Granularity = PerTensor | PerRow | PerColumn | PerGroup | PerBlock | PerTile
 def _positive(granularity: object, size: int) -> None:
     if size < 1:
         raise SpecError(f"{granularity}: a size is at least 1.")
-
-
-def _divides(granularity: object, size: int, extent: int, axis: str) -> None:
-    if extent % size:
-        raise ShapeError(
-            f"{granularity} needs the {axis} axis to be divisible by {size}, got {extent}. "
-            "Leave the layer out in `choose`, or take PerRow() or a size that divides."
-        )

@@ -96,6 +96,18 @@ class Noise:
         halves = torch.stack((words & 0xFFFF, words >> 16), -1).view(-1)
         return halves[offset - 2 * first :][: math.prod(shape)].view(*shape)
 
+    def bits8(
+        self, shape: Sequence[int], step: int | Tensor, *, offset: int = 0, device: torch.device | str = "cpu"
+    ) -> Tensor:
+        """Return 8 random bits an element: `bits` cut in bytes, the lowest first; a counter serves 16 elements.
+
+        Args and Returns: as `bits`; values below 2^8.
+        """
+        first, last = offset // 4, (offset + math.prod(shape) + 3) // 4
+        words = self.bits((last - first,), step, offset=first, device=device)
+        parts = torch.stack([(words >> shift) & 0xFF for shift in (0, 8, 16, 24)], -1).view(-1)
+        return parts[offset - 4 * first :][: math.prod(shape)].view(*shape)
+
     def uniform(
         self, shape: Sequence[int], step: int | Tensor, *, offset: int = 0, device: torch.device | str = "cpu"
     ) -> Tensor:

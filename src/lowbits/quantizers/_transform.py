@@ -7,55 +7,77 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from lowbits.errors import ShapeError, SpecError
+from lowbits.errors import SpecError
 from lowbits.quantizers._noise import Noise
+
+# The vector of signs in TransformerEngine and torchtitan (NVIDIA 2025, arXiv:2509.25149, sec. 4.2 asks for one vector
+# that all layers share, and does not print it).
+NVFP4_SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)
 
 
 @dataclass(frozen=True)
 class Hadamard:
     """Rotate every `size` consecutive elements along the contraction by a randomised Hadamard matrix.
 
-        y = (x * d) H / sqrt(size),   H symmetric with entries +-1,   d = random signs
+        y = (x * d) H / sqrt(size),   H symmetric with entries +-1 (Sylvester's),   d = signs
 
-    The matrix is orthonormal: applied to both operands of a GEMM along its contraction it cancels.
+    The matrix is orthonormal: applied to both operands of a GEMM along its contraction it cancels. Any length works:
+    the last group is filled up with zeros, and the result is that much longer. Sums are taken in the order of the fast
+    transform, log2(size) times a sum and a difference of float32, so that every device gives the same bits.
 
     Args:
-        size: a power of two that divides the contraction.
-        seed: of the signs d; None means no signs.
+        size: a power of two.
+        seed: of random signs d; None takes `signs`.
+        signs: d itself, `size` numbers 1 or -1; None means no signs.
+        dtype: the result is rounded to it; torch.bfloat16 is what NVFP4's recipe does before it looks for amaxes.
     Raises:
-        SpecError: the size is not a power of two.
+        SpecError: the size is not a power of two; the signs are not `size` signs, or there is a seed as well.
     """
 
     size: int = 16
     seed: int | None = None
+    signs: tuple[int, ...] | None = None
+    dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
         if self.size < 2 or self.size & (self.size - 1):
             raise SpecError(f"Hadamard({self.size}): the size is a power of two, at least 2.")
+        if self.signs is not None and (len(self.signs) != self.size or set(self.signs) - {1, -1} or self.seed):
+            raise SpecError(
+                f"Hadamard({self.size}): signs are {self.size} numbers 1 or -1 and no seed, got {self.signs} and seed "
+                f"{self.seed}."
+            )
 
-    def matrix(self, device: torch.device | str = "cpu") -> Tensor:
-        """Return diag(d) H / sqrt(size), float32 [size, size]; `x_groups @ matrix` is the transform."""
-        h = torch.ones(1, 1, device=device)
-        while h.shape[0] < self.size:
-            h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)], 0)
-        if self.seed is not None:
-            bits = Noise.of(self.seed, "hadamard", "signs").bits((self.size, 1), 0, device=device)
-            h = h * (1 - 2 * (bits & 1))
-        return h * self.size**-0.5
+    def padded(self, extent: int) -> int:
+        """Return the length of the result for `extent` elements."""
+        return extent + -extent % self.size
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the transform of `x`, float32, along its last axis."""
-        return self._apply(x, self.matrix(x.device))
+        """Return the transform of `x` along its last axis, float32 [..., padded K]."""
+        groups = pad(x.float(), (0, -x.shape[-1] % self.size)).unflatten(-1, (-1, self.size))
+        y = self._butterfly(groups * self._diagonal(x.device)) * self.size**-0.5
+        return y.to(self.dtype).float().flatten(-2)
 
     def inverse(self, y: Tensor) -> Tensor:
-        """Undo `forward`, up to float32 rounding."""
-        return self._apply(y, self.matrix(y.device).t())
+        """Undo `forward` up to rounding, float32; what filled `x` up comes back as numbers near 0."""
+        groups = y.float().unflatten(-1, (-1, self.size))
+        return (self._butterfly(groups) * self.size**-0.5 * self._diagonal(y.device)).flatten(-2)
 
-    def _apply(self, x: Tensor, matrix: Tensor) -> Tensor:
-        if x.shape[-1] % self.size:
-            raise ShapeError(
-                f"Hadamard({self.size}) needs the last axis to be divisible by {self.size}, got {x.shape[-1]}. "
-                "Leave the layer out in `choose`, or take a smaller size."
-            )
-        return (x.unflatten(-1, (-1, self.size)) @ matrix).flatten(-2)
+    def _butterfly(self, x: Tensor) -> Tensor:
+        half = 1
+        while half < self.size:
+            pairs = x.unflatten(-1, (-1, 2, half))
+            first, second = pairs[..., 0, :], pairs[..., 1, :]
+            x = torch.stack((first + second, first - second), -2).flatten(-3)
+            half *= 2
+        return x
+
+    def _diagonal(self, device: torch.device) -> Tensor:
+        if self.signs is not None:
+            return torch.tensor(self.signs, dtype=torch.float32, device=device)
+        if self.seed is None:
+            return torch.ones(self.size, device=device)
+        bits = Noise.of(self.seed, "hadamard", "signs").bits((self.size,), 0, device=device)
+        return (1 - 2 * (bits & 1)).float()

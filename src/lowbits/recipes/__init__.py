@@ -3,7 +3,7 @@
 
 from lowbits.errors import UnknownNameError
 from lowbits.nn import Recipe
-from lowbits.recipes import fp8, int8, linear_quantization, optimizer_states
+from lowbits.recipes import fp8, int8, linear_quantization, microscaling, nvfp4, optimizer_states
 
 __all__ = ["FAMILIES", "NAMED", "named"]
 
@@ -12,6 +12,8 @@ FAMILIES: dict[str, dict[str, Recipe]] = {
     "linear quantization": linear_quantization.RECIPES,
     "INT8": int8.RECIPES,
     "FP8": fp8.RECIPES,
+    "NVFP4": nvfp4.RECIPES,
+    "microscaling": microscaling.RECIPES,
     "optimizer states": optimizer_states.RECIPES,
 }
 """Recipes by family, in the order of the tables."""
