@@ -11,7 +11,7 @@ from lowbits.analysis import compare_post_training, post_training
 from lowbits.errors import ShapeError
 from lowbits.formats import INT4
 from lowbits.nn import Gemm, Recipe, convert_
-from lowbits.quantizers import PerGroup, PerRow, QuantSpec, quantize
+from lowbits.quantizers import AbsMean, PerGroup, PerRow, QuantSpec, quantize
 from lowbits.recipes import named
 
 
@@ -47,8 +47,8 @@ def test_results_and_restoration(model: nn.Sequential) -> None:
     assert model.training and {layer.recipe for layer in (model[0], model[2])} == {named("a8_token")}
 
 
-def test_a_group_that_does_not_divide_names_the_layer(model: nn.Sequential) -> None:
-    recipe = Recipe(fprop=Gemm(None, QuantSpec(INT4, PerGroup(32))))
-    with pytest.raises(ShapeError, match="^2.*PerGroup"), post_training(model, recipe) as quantized:
+def test_zeros_that_would_count_name_the_layer(model: nn.Sequential) -> None:
+    recipe = Recipe(fprop=Gemm(None, QuantSpec(INT4, PerGroup(32), AbsMean())))
+    with pytest.raises(ShapeError, match="^2.*would count"), post_training(model, recipe) as quantized:
         quantized(torch.randn(2, 32))
     assert model[2].recipe == Recipe()

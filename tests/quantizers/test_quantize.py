@@ -15,6 +15,7 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from lowbits.errors import ShapeError, SpecError
 from lowbits.formats import E4M3, INT4, INT8, NF4, TERNARY, UINT8, UINT8_NO_ZERO
 from lowbits.quantizers import (
+    NVFP4_SIGNS,
     AbsMean,
     Amax,
     Asymmetric,
@@ -30,6 +31,7 @@ from lowbits.quantizers import (
     QuantSpec,
     Rounding,
     StudyAsymmetric,
+    TwoLevel,
     quantize,
 )  # fmt: skip
 from tests.oracles import linear_quantizer as oracle
@@ -186,15 +188,17 @@ def test_absmean_ternary_is_bitnet_b158():
 
 
 def test_hadamard_is_orthonormal_and_cancels_in_a_product():
-    for transform in (Hadamard(16), Hadamard(8, seed=3)):
-        matrix = transform.matrix().double()
-        torch.testing.assert_close(
-            matrix @ matrix.t(), torch.eye(transform.size, dtype=torch.float64), rtol=0, atol=1e-6
-        )
-        x, w = torch.randn(5, 32), torch.randn(7, 32)
-        torch.testing.assert_close(transform.inverse(transform.forward(x)), x)
+    for transform in (Hadamard(16), Hadamard(8, seed=3), Hadamard(16, signs=NVFP4_SIGNS)):
+        eye = torch.eye(transform.size)
+        torch.testing.assert_close(transform.forward(eye) @ transform.forward(eye).t(), eye, rtol=0, atol=1e-6)
+        x, w = torch.randn(5, 33), torch.randn(7, 33)  # one past two groups
+        assert transform.forward(x).shape == (5, transform.padded(33))
+        torch.testing.assert_close(transform.inverse(transform.forward(x))[..., :33], x)
         torch.testing.assert_close(transform.forward(x) @ transform.forward(w).t(), x @ w.t())
-    assert not torch.equal(Hadamard(8, seed=3).matrix(), Hadamard(8, seed=4).matrix())
+    eye = torch.eye(8)
+    assert not torch.equal(Hadamard(8, seed=3).forward(eye), Hadamard(8, seed=4).forward(eye))
+    with pytest.raises(SpecError, match="16 numbers 1 or -1"):
+        Hadamard(16, signs=(1, -1))
 
 
 def test_hadamard_spreads_an_outlier():
@@ -217,10 +221,10 @@ def test_stochastic_rounding_is_unbiased():
 
 def test_errors_name_the_rule_and_the_remedy():
     x = torch.randn(3, 10)
-    with pytest.raises(ShapeError, match="divisible by 4, got 10"):
-        quantize(x, QuantSpec(INT8, PerGroup(4)))
-    with pytest.raises(ShapeError, match="divisible by 2, got 3"):
-        quantize(x, QuantSpec(INT8, PerTile(2, 5)))
+    with pytest.raises(ShapeError, match="zeros that fill up .* would count"):
+        quantize(x, QuantSpec(INT8, PerGroup(4), AbsMean()))
+    with pytest.raises(SpecError, match="symmetric about 0, got int8"):
+        QuantSpec(INT8, PerGroup(4), TwoLevel())
     with pytest.raises(ShapeError, match="at least one element"):
         quantize(torch.empty(0, 4), QuantSpec(INT8))
     with pytest.raises(SpecError, match="takes noise"):
