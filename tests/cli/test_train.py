@@ -15,7 +15,7 @@ from lowbits.train import checkpoints
 # Frozen: an option that comes, goes or changes its name changes this list, and the CHANGELOG.
 OPTIONS = (
     "--out --resume --no-resume "
-    "--model --data --recipe --quantize-head --no-quantize-head --split-qkv --no-split-qkv "
+    "--method --model --data --recipe --quantize-head --no-quantize-head --split-qkv --no-split-qkv "
     "--steps --batch-size --block --accumulation --dropout --seed "
     "--lr --betas --eps --weight-decay --clip "
     "--curve --warmup --cooldown --final "

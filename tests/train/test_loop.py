@@ -30,8 +30,8 @@ LINES = {
     "errors": "kind step layers",
 }
 RESULT = (
-    "status recipe seed steps tokens seconds val_loss_on val_loss_off train_loss tokens_per_second execution "
-    "parameters converted_layers linear_flops_share skipped_steps spikes peak_memory_bytes memory sample "
+    "status recipe method seed steps tokens seconds val_loss_on val_loss_off train_loss tokens_per_second execution "
+    "parameters converted_layers linear_flops_share skipped_steps spikes peak_memory_bytes memory sample tables "
     "diverged_at diverged_layer diverged_role"
 )
 

@@ -13,7 +13,7 @@ import tyro
 from rich.console import Console
 
 from lowbits.cli._options import parse
-from lowbits.cli.train import run_of_file
+from lowbits.cli.train import run_of_file, with_method
 from lowbits.errors import RunError
 from lowbits.study import Summary, compare, print_summary
 from lowbits.train import Run, Watching
@@ -22,6 +22,7 @@ __all__ = ["Compare", "main", "report_to"]
 
 _EXAMPLES = """  lowbits compare bf16 null w8a8 w4_tensor --seeds 3 --out runs/study
   lowbits compare bf16 w8a8 w8a8g8 --model llama-15m --data runs/data/mine --steps 2000 --out runs/llama
+  lowbits compare bf16 bf16+gaussws bf16+diffq,b_init=5 --out runs/methods      (arms with a method)
   lowbits compare bf16 w8a8 g8_token --seeds 3 --out runs/study     (finished runs stay, the new recipe is added)
   lowbits compare experiments/mine.py bf16 w8a8 --out runs/mine     (a file with `def run() -> Run`)"""
 # A comparison looks at its curves more often than a single run does.
@@ -34,13 +35,15 @@ class Compare:
     """Train several recipes on equal terms: same data, order, initialisation and budget, several seeds.
 
     The first recipe is the baseline. The word `null` trains the baseline again under other seeds: what that differs by
-    is chance. The same words after an interruption go on; finished runs are not run again. Recipes are given as words,
-    the number of seeds by --seeds; --seed is the first of them.
+    is chance. RECIPE+METHOD is an arm with a method, RECIPE+METHOD,FIELD=VALUE,... one with other values of its
+    fields; --method is what all other arms have in common. The same words after an interruption go on; finished runs
+    are not run again. Recipes are given as words, the number of seeds by --seeds; --seed is the first of them.
 
     Args:
         recipes: the baseline, then what to compare with it; `lowbits recipes` lists the names.
         out: folder of the comparison.
         seeds: runs of each recipe; with fewer than 2 no gap can be told from chance.
+        method: of the arms that name none, a module of lowbits.methods.
         jobs: runs at a time; one on CUDA, one a core on the CPU if not given.
         run: what all runs have in common.
     """
@@ -49,6 +52,7 @@ class Compare:
     out: Path
     seeds: int = 3
     jobs: int | None = None
+    method: str = "none"
     run: Run = field(default_factory=Run)
 
 
@@ -66,7 +70,8 @@ def main(arguments: Sequence[str]) -> int:
         path = Path(words.pop(0))
         base = run_of_file(path)
         sys.path.insert(0, str(path.parent.resolve()))  # the processes of the runs import the file by its name
-    default = Compare(recipes=tyro.MISSING, out=tyro.MISSING, run=base)
+    base = with_method(base, words)
+    default = Compare(recipes=tyro.MISSING, out=tyro.MISSING, method=base.method.name, run=base)
     chosen = parse(Compare, words, prog="lowbits compare", examples=_EXAMPLES, default=default)
     if chosen.run.recipe != base.recipe:
         raise RunError("compare: recipes are given as words, not by --recipe; for example `lowbits compare bf16 w8a8`.")

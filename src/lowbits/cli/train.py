@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`lowbits train`: one model under one recipe."""
+"""`lowbits train`: one model under one recipe, and perhaps a method."""
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import os
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lowbits.cli._options import parse
 from lowbits.errors import RunError
+from lowbits.methods import named
 from lowbits.train import Run, train
 
 __all__ = ["Train", "main"]
@@ -20,6 +22,7 @@ __all__ = ["Train", "main"]
 _EXAMPLES = """  lowbits train --recipe w8a8 --steps 200 --out runs/first
   lowbits train --model llama-15m --data runs/data/mine --recipe fp8_rowwise --lr 1e-3 --out runs/llama
   lowbits train --recipe w8a8 --steps 200 --out runs/first --resume      (the same words, after a crash)
+  lowbits train --method METHOD --help                                   (a method, and the options that it adds)
   lowbits train experiments/mine.py --seed 1 --out runs/mine             (a file with `def run() -> Run`)
   torchrun --nproc-per-node 2 -m lowbits.cli train --out runs/two"""
 
@@ -35,11 +38,13 @@ class Train:
     Args:
         out: folder of the run; it must not hold another one.
         resume: go on from the newest intact checkpoint in --out, or start if there is none.
+        method: what the run does beside its recipe, a module of lowbits.methods; its own options are listed below.
         run: the run.
     """
 
     out: Path
     resume: bool = False
+    method: str = "none"
     run: Run = field(default_factory=Run)
 
 
@@ -55,16 +60,34 @@ def main(arguments: Sequence[str]) -> int:
     base, words = Run(), list(arguments)
     if words and words[0].endswith(".py"):
         base, words = run_of_file(Path(words[0])), words[1:]
+    base = with_method(base, words)
     # tyro marks a field without a default by this value.
     from tyro import MISSING
 
-    chosen = parse(Train, words, prog="lowbits train", examples=_EXAMPLES, default=Train(out=MISSING, run=base))
+    default = Train(out=MISSING, method=base.method.name, run=base)
+    chosen = parse(Train, words, prog="lowbits train", examples=_EXAMPLES, default=default)
     result = train(chosen.run, chosen.out, resume=chosen.resume)
     if os.environ.get("RANK", "0") == "0":  # torchrun numbers its processes so
         print(_summary(result, chosen.out))
     if result["status"] == "interrupted":
         return 128 + signal.Signals[str(result.get("signal", "SIGINT"))].value
     return 3 if result["status"] == "diverged" else 0
+
+
+def with_method(base: Run, words: Sequence[str]) -> Run:
+    """Return the run with the method that the words name: its fields are options then.
+
+    Args:
+        base: whose own method stays, with its values, where the words name it or none.
+        words: of the command line.
+    Raises:
+        UnknownNameError: there is no such method.
+        RunError: a value does not fit its field.
+    """
+    reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    reader.add_argument("--method", default=base.method.name, nargs="?")
+    word = reader.parse_known_args(words)[0].method or ""
+    return base if word == base.method.name else replace(base, method=named(word))
 
 
 def run_of_file(path: Path) -> Run:

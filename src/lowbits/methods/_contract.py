@@ -31,12 +31,40 @@ class Position(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Table:
+    """A table of the report: what a method found in a finished run.
+
+    Args:
+        title: above it.
+        columns: heads; the first is of the column of names.
+        rows: a name and a number, a text or nothing for each other column.
+        note: one sentence below it: unit, and how to read it.
+        shaded: the largest number, if the numbers are shares or levels of one scale and are to be shown as shades.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str | float | None, ...], ...]
+    note: str = ""
+    shaded: float | None = None
+
+
+@dataclass(frozen=True)
 class Method:
     """Train as usual.
 
-    What a method remembers between steps it keeps in parameters and buffers of the model, or in the optimizer's state:
-    both are in every checkpoint.
+    Every field has a default and a plain value (a number, a text, an Enum): it is an option of the command line. What
+    a method remembers between steps it keeps in parameters and buffers of the model, or in the optimizer's state: both
+    are in every checkpoint.
     """
+
+    @property
+    def name(self) -> str:
+        """The module of `lowbits.methods` that it is in; `none` for ordinary training, else where its class is."""
+        package, _, own = type(self).__module__.partition("lowbits.methods.")
+        if type(self) is Method:
+            return "none"
+        return f"{type(self).__module__}:{type(self).__name__}" if package else own.partition(".")[0]
 
     def prepare_(self, model: nn.Module, seed: int) -> None:
         """Change a model in place, after `convert_` and before optimizer, compilation and DDP.
@@ -49,6 +77,8 @@ class Method:
     def param_groups(self, model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
         """Return the parameter groups of the optimizer.
 
+        A group's own `lr` is its peak: it follows the run's schedule like that of all others.
+
         Args:
             model: prepared.
             weight_decay: of the groups that decay.
@@ -57,6 +87,8 @@ class Method:
 
     def before_forward_(self, model: nn.Module, at: Position) -> None:
         """Set what changes with the position: counters of random bits, schedules.
+
+        A pure function of the position: a batch may be run again, and an evaluation may come between.
 
         Args:
             model: prepared, not wrapped.
@@ -73,17 +105,25 @@ class Method:
         return causal_loss(model, ids)
 
     def after_step_(self, model: nn.Module, at: Position) -> None:
-        """Change the model after an update: prune, anneal, project.
+        """Change the model after an update: prune, anneal, project. Not called for a step that was skipped.
 
         Args:
             model: prepared, not wrapped.
-            at: of the step just taken.
+            at: of the last forward pass of the step just taken.
         """
 
     def metrics(self, model: nn.Module) -> dict[str, float]:
-        """Return numbers for the log, measured now.
+        """Return numbers for the log, measured now: each becomes a curve of the report.
 
         Args:
             model: prepared, not wrapped.
         """
         return {}
+
+    def tables(self, model: nn.Module) -> tuple[Table, ...]:
+        """Return what the report of a finished run shows beside its curves.
+
+        Args:
+            model: prepared and trained, not wrapped.
+        """
+        return ()

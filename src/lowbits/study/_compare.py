@@ -20,6 +20,7 @@ from types import FrameType
 from typing import NoReturn
 
 from lowbits.errors import RunError
+from lowbits.methods import named
 from lowbits.study._arms import Plan
 from lowbits.study._plan import plan
 from lowbits.study._process import Trainer, context, settle, start, stop
@@ -63,9 +64,11 @@ def compare(
     diverges stops no other; it is in the report as such.
 
     Args:
-        recipes: names of `lowbits.recipes.NAMED`, the baseline first; `null` repeats the baseline under other seeds.
+        recipes: names of `lowbits.recipes.NAMED`, each perhaps with `+method`, the baseline first; `null` repeats the
+            baseline under other seeds.
         seeds: each recipe is trained once with each.
-        base: everything that the runs have in common; its recipe and seed are replaced.
+        base: everything that the runs have in common; its recipe and seed are replaced, and its method where an arm
+            names one.
         out: the folder of the comparison.
         jobs: runs at a time; None: one on CUDA, one a core on the CPU. The cores are shared out evenly.
         trainer: what carries out a run.
@@ -73,7 +76,7 @@ def compare(
         What the report shows.
     Raises:
         RunError: the comparison makes no sense, `out` holds runs of another configuration, or every run failed.
-        UnknownNameError: a recipe does not exist.
+        UnknownNameError: a recipe or a method does not exist.
         DataError: the data cannot be used.
     """
     out = Path(out)
@@ -110,14 +113,11 @@ def _check(base: Run, jobs: int | None) -> None:
 def _jobs_of(plans: Sequence[Plan], base: Run, out: Path) -> list[Job]:
     """The runs, all recipes of the first seed before any of the second: an early look compares them all."""
     data = str(out / DATA) if base.data == "stdlib" else base.data
-    jobs = [
-        (
-            index,
-            Job(f"{p.name} seed {seed}", replace(base, recipe=p.recipe, seed=seed, data=data), _folder(out, p, seed)),
-        )
-        for p in plans
-        for index, seed in enumerate(p.seeds)
-    ]
+    jobs = []
+    for p in plans:
+        run = replace(base, recipe=p.recipe, method=named(p.method) if p.method else base.method, data=data)
+        for index, seed in enumerate(p.seeds):
+            jobs.append((index, Job(f"{p.name} seed {seed}", replace(run, seed=seed), _folder(out, p, seed))))
     return [job for _, job in sorted(jobs, key=lambda pair: pair[0])]
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lowbits.errors import RunError, UnknownNameError
+from lowbits.methods import named
 from lowbits.study._arms import BASELINE, NULL, RECIPE, Plan
 
 if TYPE_CHECKING:
@@ -27,14 +28,15 @@ _ROWS_AND_COLUMNS = {
 
 
 def plan(recipes: Sequence[str], seeds: Sequence[int]) -> list[Plan]:
-    """Return the arms of a comparison; the first recipe is the baseline.
+    """Return the arms of a comparison; the first is the baseline.
 
     Args:
-        recipes: names of `lowbits.recipes.NAMED`, and `null`: the baseline again under seeds of its own, which shows
-            what chance alone does.
+        recipes: `recipe` or `recipe+method`, the former a name of `lowbits.recipes.NAMED`, the latter what
+            `lowbits.methods.named` reads; and `null`: the baseline again under seeds of its own, which shows what
+            chance alone does.
         seeds: of every other arm.
     Raises:
-        UnknownNameError: a recipe does not exist.
+        UnknownNameError: a recipe or a method does not exist.
         RunError: nothing to compare, a name twice, no seed, a seed twice, or `null` in the first place.
     """
     _check(recipes, seeds)
@@ -42,10 +44,12 @@ def plan(recipes: Sequence[str], seeds: Sequence[int]) -> list[Plan]:
     others = tuple(seed + NULL_OFFSET for seed in seeds)
     plans = []
     for name in recipes:
-        recipe = baseline if name == NULL else name
+        recipe, _, method = (baseline if name == NULL else name).partition("+")
         role = BASELINE if name == baseline else NULL if name == NULL else RECIPE
         words = f"{baseline} again, other seeds" if name == NULL else quantizes(_named(recipe))
-        plans.append(Plan(name, recipe, role, others if name == NULL else tuple(seeds), words))
+        if method and name != NULL:
+            words += f", with {named(method).name}"
+        plans.append(Plan(name, recipe, role, others if name == NULL else tuple(seeds), words, method))
     return plans
 
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from lowbits.analysis import causal_loss
 from lowbits.data import TokenData
+from lowbits.methods import Position
 from lowbits.nn import set_step_
 from lowbits.train._run import Autocast, Run
 from lowbits.train._seeds import derived_seed
@@ -59,9 +59,16 @@ class Batches:
             world=here.size,
         )
         torch.manual_seed(derived_seed(run.seed, "dropout", index, here.rank))
-        set_step_(self.model, index * here.size + here.rank)
+        at = self.at(step, micro)
+        set_step_(self.model, at.draw)
+        run.method.before_forward_(self.model, at)
         with autocast(run, here):
-            return causal_loss(network, ids.to(here.device, non_blocking=True))
+            return run.method.loss(network, ids.to(here.device, non_blocking=True))
+
+    def at(self, step: int, micro: int) -> Position:
+        """Return the position of a micro-batch of this process."""
+        draw = (step * self.run.accumulation + micro) * self.world.size + self.world.rank
+        return Position(step, self.run.steps, draw)
 
     def rehearse(self) -> None:
         """Run a micro-batch forward and backward without compilation, and forget it.

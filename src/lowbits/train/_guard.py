@@ -27,10 +27,10 @@ class Event:
     """Something out of the ordinary.
 
     Args:
-        event: `skipped`, `spike`, `diverged`, `resumed`, `fallback` or `interrupted`.
+        event: `skipped`, `spike`, `nonfinite`, `diverged`, `resumed`, `fallback` or `interrupted`.
         message: one sentence.
         layer: where, if known.
-        role: `weight`, `input`, `output` or `gradient`, if known.
+        role: `weight`, `input`, `output` or `gradient`, if known; of a `nonfinite` operand `weight`, `input` or `grad`.
     """
 
     event: str

@@ -13,7 +13,7 @@ import shutil
 import statistics
 import time
 from contextlib import closing, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -25,7 +25,7 @@ from lowbits.analysis import measure_memory
 from lowbits.data import TokenData, check_vocabulary, prepare
 from lowbits.errors import RunError
 from lowbits.nn import Conversion, convert_
-from lowbits.optim import AdamW, param_groups
+from lowbits.optim import AdamW
 from lowbits.train._batch import Batches
 from lowbits.train._checkpoint import newest_intact, tidy, write_checkpoint
 from lowbits.train._disk import write_json
@@ -36,7 +36,7 @@ from lowbits.train._guard import Event, Source, find_source, judge
 from lowbits.train._interrupts import Interrupts
 from lowbits.train._log import Log, cut_after, open_trackers
 from lowbits.train._memory import peak_bytes, reset_peak
-from lowbits.train._monitor import layer_errors
+from lowbits.train._monitor import Sample, errors_by_operand, first_nonfinite, layer_errors
 from lowbits.train._run import Run
 from lowbits.train._state import Progress, load_state_, save_state
 from lowbits.train._world import World, unsynchronized, world
@@ -59,6 +59,7 @@ class _Training:
     network: nn.Module  # the model, or DDP around it
     conversion: Conversion
     optimizer: AdamW
+    peaks: list[float]  # learning rate of each group
     progress: Progress
     log: Log
     display: Display
@@ -107,12 +108,13 @@ def _set_up(run: Run, out: Path, here: World) -> _Training:
     data.windows("train", run.block)
     model, conversion = _build(run, data, here)
     optimizer = AdamW(
-        param_groups(model, run.optimizer.weight_decay),
+        run.method.param_groups(model, run.optimizer.weight_decay),
         lr=run.optimizer.lr,
         betas=run.optimizer.betas,
         eps=run.optimizer.eps,
         seed=run.seed,
     )
+    peaks = [group["lr"] for group in optimizer.param_groups]
     batches = Batches(run, data, model, here)
     batches.rehearse()
     config = {**run.resolved(), "data_fingerprint": data.fingerprint}
@@ -120,16 +122,17 @@ def _set_up(run: Run, out: Path, here: World) -> _Training:
         begin(out, config, here)
         tidy(out / CHECKPOINTS)
     here.barrier()
-    display = Display(run.recipe_name, run.steps, quiet=not here.first)
+    display = Display(run.title, run.steps, quiet=not here.first)
     progress, events = _restore(run, out, here, model, optimizer, config)
     reset_peak(here.device)
     trackers = open_trackers(run.watching.sinks, out, config, progress.step) if here.first else []
     log = Log(out / LOG if here.first else Path(os.devnull), trackers)
     t = _Training(
-        run, out, here, config, data, batches, model, here.wrap(model), conversion, optimizer, progress, log, display
+        run, out, here, config, data, batches, model, here.wrap(model), conversion, optimizer, peaks, progress, log,
+        display,
     )  # fmt: skip
     t.mark = (progress.tokens, progress.seconds)
-    display.say(f"{run.recipe_name}: {conversion}")
+    display.say(f"{run.title}: {conversion}")
     for event in events:
         _report(t, event)
     return t
@@ -159,6 +162,7 @@ def _build(run: Run, data: TokenData, here: World) -> tuple[PreTrainedModel, Con
     conversion = convert_(model, run.choose(model.get_output_embeddings()), seed=run.seed, verbose=False)
     if run.split_qkv and not any(name.endswith("c_attn") for name in conversion.converted):
         raise RunError(f"split-qkv: {run.model} has no fused c_attn layer to split; leave the option out.")
+    run.method.prepare_(model, run.seed)
     model.to(here.device)  # type: ignore[arg-type]
     if here.device.type == "cpu":
         # torch's fused attention is the slower one there: a step of gpt2-pico at 128 tokens takes twice as long.
@@ -204,11 +208,12 @@ def _loop(t: _Training, interrupts: Interrupts) -> str:
     run, watching, progress = t.run, t.run.watching, t.progress
     while progress.step < run.steps:
         started = time.perf_counter()
-        loss, grad_norm, stop = _step(t, interrupts)
+        sample = _due_sample(t)
+        loss, grad_norm, stop = _step(t, interrupts, sample)
         progress.seconds += time.perf_counter() - started
         last = progress.step == run.steps
         for event in judge(progress, loss, grad_norm):
-            _report(t, event)
+            _report(t, _located(t, event))
         t.display.advance(progress.step, loss)
         if last or progress.step % watching.log_every == 0:
             _log_step(t, loss, grad_norm)
@@ -217,8 +222,8 @@ def _loop(t: _Training, interrupts: Interrupts) -> str:
         if last or progress.step % watching.eval_every == 0:
             progress.evaluation = evaluate(run, t.data, t.model, t.world)
             _write(t, "eval", tokens=progress.tokens, seconds=round(progress.seconds, 3), **progress.evaluation)
-        if watching.errors_every and progress.step % watching.errors_every == 0 and not t.run.rule.plain:
-            _write(t, "errors", layers=layer_errors(t.model, lambda: t.batches.loss(t.model, progress.step - 1)))
+        if sample is not None:
+            _log_errors(t, sample)
         if last or stop or progress.step % run.saving.save_every == 0:
             _save(t)
         if stop and not last:
@@ -226,13 +231,24 @@ def _loop(t: _Training, interrupts: Interrupts) -> str:
     return "finished"
 
 
-def _step(t: _Training, interrupts: Interrupts) -> tuple[float, float, bool]:
+def _due_sample(t: _Training) -> Sample | None:
+    """Return where to put the errors of the step that comes, if it is one that is measured."""
+    every = t.run.watching.errors_every
+    due = every and (t.progress.step + 1) % every == 0
+    return Sample(t.model) if due else None
+
+
+def _step(t: _Training, interrupts: Interrupts, sample: Sample | None) -> tuple[float, float, bool]:
     """Take one optimizer step, or skip it where loss or gradient is not finite; return loss, gradient norm, stop."""
     run, step = t.run, t.progress.step
     losses = []
+    if sample is not None and run.compute.compile:  # another graph would round differently
+        sample.measure_apart(lambda: t.batches.loss(t.model, step))
     for micro in range(run.accumulation):
         with unsynchronized(t.network) if micro + 1 < run.accumulation else nullcontext():
-            loss = t.batches.loss(t.network, step, micro)
+            watched = sample is not None and micro == 0 and not run.compute.compile
+            with sample.watching() if sample is not None and watched else nullcontext():
+                loss = t.batches.loss(t.network, step, micro)
             (loss / run.accumulation).backward()
         losses.append(loss.detach())
     # One reduction for what all processes must agree on, one transfer for what the host must know.
@@ -242,17 +258,14 @@ def _step(t: _Training, interrupts: Interrupts) -> tuple[float, float, bool]:
     norm = nn.utils.clip_grad_norm_(parameters, run.optimizer.clip or math.inf)
     mean_loss, stop, grad_norm = torch.cat([t.world.mean(shared), norm.view(1)]).tolist()
     if math.isfinite(mean_loss) and math.isfinite(grad_norm):
-        for group in t.optimizer.param_groups:
-            group["lr"] = _lr(run, step)
+        for group, peak in zip(t.optimizer.param_groups, t.peaks, strict=True):
+            group["lr"] = peak * run.schedule.factor(step, run.steps)
         t.optimizer.step()
+        run.method.after_step_(t.model, t.batches.at(step, run.accumulation - 1))
     t.optimizer.zero_grad(set_to_none=True)
     t.progress.step += 1
     t.progress.tokens += run.tokens_per_step
     return mean_loss, grad_norm, stop > 0
-
-
-def _lr(run: Run, step: int) -> float:
-    return run.optimizer.lr * run.schedule.factor(step, run.steps)
 
 
 def _log_step(t: _Training, loss: float, grad_norm: float) -> None:
@@ -261,19 +274,31 @@ def _log_step(t: _Training, loss: float, grad_norm: float) -> None:
     t.mark = (progress.tokens, progress.seconds)
     memory = peak_bytes(t.world.device)
     progress.peak_bytes = max(progress.peak_bytes, memory)
+    metrics = t.run.method.metrics(t.model)
     _write(
         t,
         "step",
         tokens=progress.tokens,
         seconds=round(progress.seconds, 3),
         loss=loss,
-        lr=_lr(t.run, progress.step - 1),
+        lr=t.run.optimizer.lr * t.run.schedule.factor(progress.step - 1, t.run.steps),
         grad_norm=grad_norm,
         tokens_per_second=round(speed, 1),
         memory_bytes=memory,
+        **({"method": metrics} if metrics else {}),
     )
     seconds_left = (t.run.steps - progress.step) * t.run.tokens_per_step / speed
     t.display.step(progress.step, loss, speed, memory, seconds_left)
+
+
+def _log_errors(t: _Training, sample: Sample) -> None:
+    """Write what the processes measured together; nothing where nothing was quantized."""
+    found = errors_by_operand(t.world.gather(sample.transfer()))  # type: ignore[arg-type]
+    event = first_nonfinite(found)
+    if event is not None:
+        _report(t, event)
+    if found:
+        _write(t, "errors", layers=layer_errors(t.model, found))
 
 
 def _write(t: _Training, kind: str, **values: object) -> None:
@@ -282,16 +307,30 @@ def _write(t: _Training, kind: str, **values: object) -> None:
 
 def _report(t: _Training, event: Event) -> None:
     _write(t, "event", event=event.event, message=event.message, layer=event.layer, role=event.role)
-    t.display.say(f"{t.run.recipe_name} step {t.progress.step}: {event.message}")
+    t.display.say(f"{t.run.title} step {t.progress.step}: {event.message}")
 
 
-def _diverge(t: _Training) -> str:
+def _find_source(t: _Training) -> tuple[Source | None, str]:
     """Run the last batch again to find where it went wrong; the first process that sees it is believed."""
     seen: Source | None = None
     for micro in range(t.run.accumulation):
         seen = seen or find_source(t.model, lambda m=micro: t.batches.loss(t.model, t.progress.step - 1, m))
-    t.source = next((s for s in t.world.gather(seen) if isinstance(s, Source)), None)
-    where = f"first in the {t.source.role} of {t.source.layer}" if t.source else "the batch is finite when run again"
+    source = next((s for s in t.world.gather(seen) if isinstance(s, Source)), None)
+    where = f"first in the {source.role} of {source.layer}" if source else "the batch is finite when run again"
+    return source, where
+
+
+def _located(t: _Training, event: Event) -> Event:
+    """Say where the numbers were lost, in the first of a row of skipped steps."""
+    if event.event != "skipped" or t.progress.streak != 1:
+        return event
+    source, where = _find_source(t)
+    layer, role = (source.layer, source.role) if source else ("", "")
+    return Event(event.event, f"{event.message}; {where}", layer, role)
+
+
+def _diverge(t: _Training) -> str:
+    t.source, where = _find_source(t)
     layer, role = (t.source.layer, t.source.role) if t.source else ("", "")
     message = f"stopped after {t.progress.streak} non-finite steps in a row; {where}"
     _report(t, Event("diverged", message, layer, role))
@@ -318,6 +357,7 @@ def _finish(t: _Training, status: str, interrupts: Interrupts) -> dict[str, obje
     result: dict[str, object] = {
         "status": status,
         "recipe": run.recipe_name,
+        "method": run.method.name,
         "seed": run.seed,
         "steps": progress.step,
         "tokens": progress.tokens,
@@ -335,6 +375,7 @@ def _finish(t: _Training, status: str, interrupts: Interrupts) -> dict[str, obje
         "peak_memory_bytes": progress.peak_bytes,
         "memory": {},
         "sample": "",
+        "tables": [],
         "diverged_at": progress.step if status == "diverged" else None,
         "diverged_layer": t.source.layer if t.source else None,
         "diverged_role": t.source.role if t.source else None,
@@ -344,6 +385,7 @@ def _finish(t: _Training, status: str, interrupts: Interrupts) -> dict[str, obje
             memory = measure_memory(t.model, t.optimizer, t.batches.loss, progress.step - 1)
         result["memory"] = memory.as_json()
         result["sample"] = sample(run, t.data, t.model, t.world)
+        result["tables"] = [asdict(table) for table in run.method.tables(t.model)]
     if status == "interrupted" and interrupts.caught is not None:
         result["signal"] = interrupts.caught.name
         _report(

@@ -13,6 +13,7 @@ from torch import nn
 
 from lowbits import models, recipes
 from lowbits.errors import RunError
+from lowbits.methods import Method
 from lowbits.nn import Recipe
 from lowbits.train._schedule import Schedule
 
@@ -123,6 +124,7 @@ class Run:
             -134m, -small, -1b, -3b, -7b; in Python also a callable (vocab_size, block) -> model.
         data: a folder made by `lowbits data prepare`, or `stdlib`: the source code of Python's standard library.
         recipe: what to quantize, a name that `lowbits recipes` prints; in Python also a Recipe.
+        method: what else a paper changes; on the command line the options of `--method`.
         quantize_head: quantize the output head too.
         split_qkv: give the gradients of q, k and v scales of their own where one layer computes all three (GPT-2).
         layers: in Python only: (name, module) -> Recipe or None, asked for every linear layer instead of `recipe`.
@@ -145,6 +147,7 @@ class Run:
     model: str | ModelFactory = "gpt2-nano"
     data: str = "stdlib"
     recipe: str | Recipe = "bf16"
+    method: Method = field(default_factory=Method)
     quantize_head: bool = False
     split_qkv: bool = False
     layers: LayerChoice | None = None
@@ -199,6 +202,11 @@ class Run:
         return next((name for name, recipe in recipes.NAMED.items() if recipe == self.recipe), "custom")
 
     @property
+    def title(self) -> str:
+        """The recipe's name, and the method's where there is one: `w8a8+gaussws`."""
+        return self.recipe_name if type(self.method) is Method else f"{self.recipe_name}+{self.method.name}"
+
+    @property
     def tokens_per_step(self) -> int:
         """Tokens in an optimizer step."""
         return self.batch_size * self.block
@@ -234,7 +242,8 @@ def _plain(value: object) -> object:
     if isinstance(value, Recipe):
         return value.to_dict()
     if is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+        named = {"name": value.name} if isinstance(value, Method) else {}
+        return named | {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, Path):
