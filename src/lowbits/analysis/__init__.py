@@ -5,7 +5,7 @@ Each takes a model, a function `loss(model, batch) -> scalar` where one is neede
 """
 
 from lowbits.analysis._dequantized import dequantized
-from lowbits.analysis._errors import TensorErrors, tensor_errors
+from lowbits.analysis._errors import TensorErrors, error_sums, tensor_errors
 from lowbits.analysis._evaluating import evaluating
 from lowbits.analysis._fewshot import SEEDS, TASKS, Accuracy, fewshot
 from lowbits.analysis._gradients import GradientSparsity, gradient_sparsity, magnitude_histogram, output_gradients
@@ -47,6 +47,7 @@ __all__ = [
     "dequantized",
     "describe_channels",
     "device_name",
+    "error_sums",
     "evaluating",
     "family_of",
     "fewshot",

@@ -7,7 +7,8 @@ amax scales nothing saturates, so there is no mask.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from lowbits.kernels import Execution, scaled_mm
 from lowbits.nn._recipe import Recipe, Save
 from lowbits.quantizers import Noise, PackedTensor, QTensor, QuantSpec, quantize
 
+Observer: TypeAlias = Callable[[str, Tensor, QTensor], None]
 ROLES = ("fprop.lhs", "fprop.rhs", "dgrad.lhs", "dgrad.rhs", "wgrad.lhs", "wgrad.rhs")
 
 
@@ -27,6 +29,7 @@ class _Plan(NamedTuple):
     recipe: Recipe
     dtype: torch.dtype
     layer_name: str
+    observer: Observer | None
 
 
 class QuantizedLinear(nn.Linear):
@@ -35,6 +38,8 @@ class QuantizedLinear(nn.Linear):
     Attributes:
         recipe: assign `Recipe()` to switch the quantizers off.
         layer_name: the module's path, which names it in errors and keys its random bits.
+        observer: called with role (`fprop.lhs`, ...), operand and its quantized form, whenever the forward pass or its
+            backward quantizes one: telemetry, in eager mode. Whoever sets it takes it away after the forward pass.
         noise: int64 [1 + 2 roles], the step and the Philox keys of `ROLES`. A buffer that no checkpoint holds; as
             plain numbers the keys would be constants of a compiled graph, another graph for every layer.
     """
@@ -42,6 +47,7 @@ class QuantizedLinear(nn.Linear):
     recipe: Recipe
     layer_name: str
     noise: Tensor
+    observer: Observer | None = None
 
     def forward(self, input: Tensor) -> Tensor:
         """Return input W^T + b in the compute dtype, [..., in] -> [..., out]."""
@@ -58,6 +64,7 @@ class QuantizedConv1D(nn.Module):
     recipe: Recipe
     layer_name: str
     noise: Tensor
+    observer: Observer | None = None
     weight: nn.Parameter
     bias: nn.Parameter
 
@@ -95,7 +102,7 @@ def quantized_linear(layer: QuantizedLayer, x: Tensor, weight: Tensor) -> Tensor
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     # A name inside a graph is one of its constants: torch 2.11 would compile every layer anew.
     name = "a compiled layer" if torch.compiler.is_compiling() else layer.layer_name
-    plan = _Plan(layer.recipe, dtype, name)
+    plan = _Plan(layer.recipe, dtype, name, layer.observer)
     y = _QuantizedMatmul.apply(x.reshape(-1, x.shape[-1]).to(dtype), weight, layer.noise, plan)
     y = y.view(*x.shape[:-1], weight.shape[0])
     return y if layer.bias is None else y + layer.bias.to(dtype)
@@ -164,9 +171,11 @@ def _operand(x: Tensor, spec: QuantSpec | None, plan: _Plan, role: str, noise: T
     if spec is None:
         return x
     try:
-        return quantize(x, spec, _draw(x.shape, spec, role, noise))
+        q = quantize(x, spec, _draw(x.shape, spec, role, noise))
     except ShapeError as error:  # what was known at conversion was checked there; the number of tokens was not
         told = f"{plan.layer_name}, {role}: {error}"
+    else:
+        return _observed(plan, role, x, q)
     raise ShapeError(told)  # here, since torch 2.11 cannot trace `from None`
 
 
@@ -179,7 +188,14 @@ def _gradient(g: Tensor, spec: QuantSpec | None, plan: _Plan, role: str, noise: 
     # Drawn for all parts at once, one below the other, so that no two share random bits.
     drawn = _draw(torch.Size((parts, *chunks[0].shape)), spec, role, noise)
     draws = [None] * parts if drawn is None else drawn.unbind(0)
-    return torch.cat([quantize(c, spec, u).dequantize() for c, u in zip(chunks, draws, strict=True)], axis)
+    pieces = [_observed(plan, role, c, quantize(c, spec, u)) for c, u in zip(chunks, draws, strict=True)]
+    return torch.cat([piece.dequantize() for piece in pieces], axis)
+
+
+def _observed(plan: _Plan, role: str, x: Tensor, q: QTensor) -> QTensor:
+    if plan.observer is not None:
+        plan.observer(role, x, q)
+    return q
 
 
 def _draw(shape: torch.Size, spec: QuantSpec, role: str, noise: Tensor) -> Tensor | None:
