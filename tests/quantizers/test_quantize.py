@@ -188,7 +188,7 @@ def test_absmean_ternary_is_bitnet_b158():
 
 
 def test_hadamard_is_orthonormal_and_cancels_in_a_product():
-    for transform in (Hadamard(16), Hadamard(8, seed=3), Hadamard(16, signs=NVFP4_SIGNS)):
+    for transform in (Hadamard(16), Hadamard.random(8, seed=3), Hadamard(16, signs=NVFP4_SIGNS)):
         eye = torch.eye(transform.size)
         torch.testing.assert_close(transform.forward(eye) @ transform.forward(eye).t(), eye, rtol=0, atol=1e-6)
         x, w = torch.randn(5, 33), torch.randn(7, 33)  # one past two groups
@@ -196,7 +196,7 @@ def test_hadamard_is_orthonormal_and_cancels_in_a_product():
         torch.testing.assert_close(transform.inverse(transform.forward(x))[..., :33], x)
         torch.testing.assert_close(transform.forward(x) @ transform.forward(w).t(), x @ w.t())
     eye = torch.eye(8)
-    assert not torch.equal(Hadamard(8, seed=3).forward(eye), Hadamard(8, seed=4).forward(eye))
+    assert not torch.equal(Hadamard.random(8, seed=3).forward(eye), Hadamard.random(8, seed=4).forward(eye))
     with pytest.raises(SpecError, match="16 numbers 1 or -1"):
         Hadamard(16, signs=(1, -1))
 

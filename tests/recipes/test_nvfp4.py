@@ -33,13 +33,8 @@ def run(linear: nn.Linear, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 
 def decoded(x: Tensor, spec: QuantSpec, role: str, step: int = 7) -> Tensor:
-    """What an operand stands for, float64, in its own basis: the transform undone by its own matrix."""
-    q = quantize(x, spec, spec.draw(Noise.of(5, "0", role), x.shape, step))
-    values = q.rotated().double()
-    if spec.transform is not None:
-        matrix = spec.transform.forward(torch.eye(spec.transform.size)).double()
-        values = (values.unflatten(-1, (-1, spec.transform.size)) @ matrix.t()).flatten(-2)[..., : x.shape[-1]]
-    return values
+    """What an operand stands for, float64; both operands of wgrad in the same rotated basis."""
+    return quantize(x, spec, spec.draw(Noise.of(5, "0", role), x.shape, step)).rotated().double()
 
 
 @pytest.mark.parametrize("name", BLOCKS)
@@ -56,8 +51,7 @@ def test_three_gemms_of_decoded_operands(name: str, tokens: int) -> None:
         decoded(g.t(), recipe.wgrad.lhs, "wgrad.lhs") @ decoded(x.t(), recipe.wgrad.rhs, "wgrad.rhs").t(),
     )
     for ours, theirs in zip((y, dx, dw), expected, strict=True):
-        # float32 sums of at most 80 terms, and a float32 rotation matrix for the reference
-        assert (ours - theirs).abs().max() <= 1e-6 * theirs.abs().max() + 1e-6 * theirs.norm() / theirs.numel() ** 0.5
+        assert (ours - theirs).norm() <= 1e-6 * theirs.norm()
 
 
 @pytest.mark.parametrize("name", BLOCKS)
@@ -118,6 +112,7 @@ def test_nan_reaches_the_output() -> None:
     assert linear(x).isnan().all()  # the tensor's own scale is NaN
 
 
+@pytest.mark.filterwarnings("ignore")  # of torch, from inside dynamo
 @pytest.mark.parametrize("name", ["nvfp4", "mxfp4", "fp8_rowwise"])
 def test_a_compiled_layer_computes_the_same(name: str) -> None:
     x, g = torch.randn(40, 48), torch.randn(40, 80)

@@ -136,6 +136,7 @@ def _serialized(model: CodedModel, coding: Coding) -> tuple[bytes, Sizes]:
             "dtype": str(c.dtype).removeprefix("torch."),
             "levels": c.points.numel(),
             "learned": c.learned,
+            "transposed": c.transposed,
             "buckets": [type(c.buckets).__name__, *vars(c.buckets).values()],
         }
         for name, c in model.coded.items()
@@ -221,7 +222,7 @@ def _point_tensor(
     points = tensors[f"points/{name}"] if learned else even_points(levels)
     dtype = getattr(torch, entry["dtype"])
     low, high = tensors[f"low/{name}"], tensors[f"high/{name}"]
-    return PointTensor(small, points, low, high, _BUCKETS[kind](*sizes), dtype, learned)
+    return PointTensor(small, points, low, high, _BUCKETS[kind](*sizes), dtype, learned, entry["transposed"])
 
 
 def even_points(levels: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -32,13 +32,14 @@ class PointTensor:
     """A tensor whose buckets share a table of points.
 
     Args:
-        codes: integers below L, of the tensor's shape.
+        codes: integers below L, of the tensor's shape, or its transpose's.
         points: float, [L]; where between `low` and `high` each level lies.
         low: float, [B]; the smallest element of each bucket.
         high: float, [B]; the largest.
         buckets: which elements share a range. A row is all that one index of the first axis selects.
         dtype: of the tensor that was coded.
         learned: whether the points are a table of their own; equal steps need none.
+        transposed: whether the codes are of the tensor's transpose, so that its columns share ranges.
     """
 
     codes: Tensor
@@ -48,12 +49,18 @@ class PointTensor:
     buckets: Buckets
     dtype: torch.dtype = torch.float32
     learned: bool = False
+    transposed: bool = False
 
     def dequantize(self) -> Tensor:
         """Return the tensor, in its dtype."""
         positions = bucketed(self.points[self.codes.long()], self.buckets)
         values = between(positions, self.low[:, None], self.high[:, None])
-        return flattened(values, self.codes.shape, self.buckets).to(self.dtype)
+        x_hat = flattened(values, self.codes.shape, self.buckets).to(self.dtype)
+        return x_hat.t() if self.transposed else x_hat
+
+    def t(self) -> PointTensor:
+        """Return the transpose of a matrix, with the same codes."""
+        return replace(self, transposed=not self.transposed)
 
 
 def between(p: Tensor, low: Tensor, high: Tensor) -> Tensor:

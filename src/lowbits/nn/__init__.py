@@ -2,25 +2,47 @@
 """Recipes, and linear layers that follow them."""
 
 from lowbits.kernels import Execution
-from lowbits.nn._convert import Choose, Conversion, convert_, high_precision, quantized_layers, set_step_
+from lowbits.nn._convert import Choose, Conversion, convert_, high_precision, quantized_layers, set_phase_, set_step_
 from lowbits.nn._embedding import StableEmbedding, stable_embedding_
+from lowbits.nn._grid import Grid, Packing
+from lowbits.nn._grid_linear import GridLinear, grid_linear_, store_parts_
+from lowbits.nn._keep import Keep
 from lowbits.nn._linear import QuantizedConv1D, QuantizedLayer, QuantizedLinear
+from lowbits.nn._phase import Phase, check_phases, phase_at
+from lowbits.nn._qparameter import QParameter
 from lowbits.nn._recipe import Gemm, Recipe, Save
+from lowbits.nn._steps_of_weights import StepInit, StepRule, quantize_parameter
+from lowbits.nn._sub_norm import sub_norm_
 
 __all__ = [
     "Choose",
     "Conversion",
     "Execution",
     "Gemm",
+    "Grid",
+    "GridLinear",
+    "Keep",
+    "Packing",
+    "Phase",
+    "QParameter",
     "QuantizedConv1D",
     "QuantizedLayer",
     "QuantizedLinear",
     "Recipe",
     "Save",
     "StableEmbedding",
+    "StepInit",
+    "StepRule",
+    "check_phases",
     "convert_",
+    "grid_linear_",
     "high_precision",
+    "phase_at",
+    "quantize_parameter",
     "quantized_layers",
+    "set_phase_",
     "set_step_",
     "stable_embedding_",
+    "store_parts_",
+    "sub_norm_",
 ]

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -11,7 +12,9 @@ import torch
 from torch import nn
 
 from lowbits.errors import ConversionError, ShapeError
-from lowbits.nn._linear import ROLES, QuantizedConv1D, QuantizedLayer, QuantizedLinear
+from lowbits.nn._blocks import is_conv1d
+from lowbits.nn._keep import Keep
+from lowbits.nn._linear import ROLES, QuantizedConv1D, QuantizedLayer, QuantizedLinear, switch_
 from lowbits.nn._recipe import Recipe
 from lowbits.quantizers import Noise
 
@@ -26,11 +29,13 @@ class Conversion:
         converted: name -> (recipe, in_features, out_features).
         left: name -> why it was left in high precision.
         flops_share: share of all linear-layer FLOPs that the converted layers do, 0 to 1.
+        kept_share: share of them that `keep` leaves in high precision.
     """
 
     converted: dict[str, tuple[Recipe, int, int]]
     left: dict[str, str]
     flops_share: float
+    kept_share: float = 0.0
 
     def __str__(self) -> str:
         """Group the layers by recipe, and list what was left and why."""
@@ -38,14 +43,22 @@ class Conversion:
         for name, (recipe, k, n) in self.converted.items():
             groups.setdefault(str(recipe), []).append(f"{name} [{k} -> {n}]")
         lines = [f"converted {len(self.converted)} linear layers, {self.flops_share:.1%} of the linear FLOPs"]
+        if self.kept_share:
+            lines[0] += f", {self.kept_share:.1%} kept in high precision"
         for recipe, names in groups.items():
             shown = names if len(names) <= 4 else [*names[:2], f"... {len(names) - 3} more ...", names[-1]]
             lines += [f"  {recipe}", *(f"    {name}" for name in shown)]
-        lines += [f"  left {name}: {why}" for name, why in self.left.items()]
+        reasons: dict[str, list[str]] = {}
+        for name, why in self.left.items():
+            reasons.setdefault(why, []).append(name)
+        for why, names in reasons.items():
+            lines.append(f"  left {names[0]}{f' to {names[-1]} ({len(names)})' if len(names) > 1 else ''}: {why}")
         return "\n".join(lines)
 
 
-def convert_(model: nn.Module, choose: Recipe | Choose, *, seed: int = 0, verbose: bool = True) -> Conversion:
+def convert_(
+    model: nn.Module, choose: Recipe | Choose, *, keep: Keep | None = None, seed: int = 0, verbose: bool = True
+) -> Conversion:
     """Convert the linear layers of `model` in place: `nn.Linear` and transformers' `Conv1D`.
 
     Parameters stay the same objects, so tied weights stay tied, and parameter count and `state_dict` keys do not
@@ -55,46 +68,70 @@ def convert_(model: nn.Module, choose: Recipe | Choose, *, seed: int = 0, verbos
         model: any module.
         choose: a recipe for all linear layers but the output head; or a callable `(name, module) -> Recipe | None` that
             is asked for every linear layer, the head too. None leaves the layer alone.
+        keep: which layers stay in high precision whatever `choose` says; one that was converted before returns to it.
         seed: of the random bits of stochastic rounding.
         verbose: print what was converted, what was left and why.
     Returns:
         The `Conversion`.
     Raises:
-        ConversionError: nothing was converted.
+        ConversionError: nothing was converted, or a part of `keep` matches nothing.
         ShapeError: `grad_parts` does not divide a layer's size; names the layer. Nothing has been converted then.
     """
-    head = _head(model)
-    chosen: dict[str, tuple[nn.Module, Recipe]] = {}
-    left: dict[str, str] = {}
-    weights: dict[str, int] = {}
-    for name, module in model.named_modules():
-        if not _is_linear(module):
-            if isinstance(module, nn.Linear):
-                left[name] = f"{type(module).__name__} is a subclass with a forward of its own"
-            continue
-        weights[name] = module.weight.numel()  # type: ignore[union-attr, operator]
-        if isinstance(choose, Recipe):
-            recipe = None if module is head else choose
-            why = "the output head stays in high precision unless `choose` names it"
-        else:
-            recipe, why = choose(name, module), "`choose` returned None"
-        if recipe is None:
-            left[name] = why
-        else:
-            _check_sizes(name, module, recipe)
-            chosen[name] = (module, recipe)
+    kept = keep.layers(model) if keep else {}
+    linear = {name: module for name, module in model.named_modules() if _is_linear(module)}
+    decided = _decide(linear, choose, kept, _head(model))
+    chosen = {name: (linear[name], recipe) for name, recipe in decided.items() if isinstance(recipe, Recipe)}
     if not chosen:
-        raise ConversionError(
-            f"{type(model).__name__}: none of its {len(weights)} linear layers was converted. "
+        remedy = f"`keep` ({keep}) and `choose` leave none; keep fewer." if kept else (
             "`choose` has to return a Recipe for at least one of them (Recipe() for high precision)."
+        )  # fmt: skip
+        raise ConversionError(
+            f"{type(model).__name__}: none of its {len(linear)} linear layers was converted. {remedy}"
         )
     for name, (module, recipe) in chosen.items():
+        _check_sizes(name, module, recipe)
+    for name, (module, recipe) in chosen.items():
         _convert_layer(name, module, recipe, seed)
-    share = sum(weights[name] for name in chosen) / sum(weights.values())
-    result = Conversion({n: (r, *_sizes(m)) for n, (m, r) in chosen.items()}, left, share)
+    for name, layer in quantized_layers(model).items():
+        if name in kept:
+            layer.recipe = Recipe()
+    result = Conversion(
+        {name: (recipe, *_sizes(module)) for name, (module, recipe) in chosen.items()},
+        _with_own_forward(model) | {name: why for name, why in decided.items() if isinstance(why, str)},
+        _share(linear, chosen),
+        _share(linear, kept),
+    )
     if verbose:
         print(result)
     return result
+
+
+def _decide(
+    linear: dict[str, nn.Module], choose: Recipe | Choose, kept: dict[str, str], head: nn.Module | None
+) -> dict[str, Recipe | str]:
+    """The recipe of each linear layer, or why it gets none."""
+    decided: dict[str, Recipe | str] = {}
+    for name, module in linear.items():
+        if name in kept:
+            decided[name] = f"kept, {kept[name]}"
+        elif not isinstance(choose, Recipe):
+            decided[name] = choose(name, module) or "`choose` returned None"
+        else:
+            why = "the output head stays in high precision unless `choose` names it"
+            decided[name] = why if module is head else choose
+    return decided
+
+
+def _with_own_forward(model: nn.Module) -> dict[str, str]:
+    """Subclasses of `nn.Linear` that convert_ leaves alone."""
+    others = {n: type(m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and not _is_linear(m)}
+    return {name: f"{kind.__name__} is a subclass with a forward of its own" for name, kind in others.items()}
+
+
+def _share(linear: dict[str, nn.Module], names: Iterable[str]) -> float:
+    """Share of the FLOPs of all linear layers: a layer's are proportional to its weights."""
+    weights = {name: math.prod(_sizes(module)) for name, module in linear.items()}
+    return sum(weights.get(name, 0) for name in names) / sum(weights.values())
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
@@ -108,27 +145,39 @@ def set_step_(model: nn.Module, step: int) -> None:
         layer.noise[0] = step
 
 
+def set_phase_(model: nn.Module, *, forward: bool = True, backward: bool = True) -> None:
+    """Switch the quantizers of the forward and of the backward pass, apart, between two steps.
+
+    Every layer keeps its recipe, so switching back is exact; model, optimizer and compiled code stay. With the forward
+    pass off a layer returns what `nn.Linear` returns, bit for bit, while its gradients are still quantized. Layers that
+    were left in high precision stay so, and `high_precision` switches both off in any phase.
+
+    Args:
+        model: converted; may be in the middle of a run.
+        forward: whether fprop follows the recipes.
+        backward: whether dgrad and wgrad do.
+    """
+    for layer in quantized_layers(model).values():
+        if layer.passes != (forward, backward):
+            switch_(layer, (forward, backward))
+
+
 @contextmanager
 def high_precision(model: nn.Module) -> Iterator[None]:
-    """Switch all quantizers off within the block; a recipe is data, so this is an assignment."""
+    """Switch all quantizers off within the block, functions of weights too; these are assignments."""
     layers = quantized_layers(model).values()
-    recipes = [layer.recipe for layer in layers]
+    before = [(layer.recipe, layer.weight_fn) for layer in layers]
     for layer in layers:
-        layer.recipe = Recipe()
+        layer.recipe, layer.weight_fn = Recipe(), None
     try:
         yield
     finally:
-        for layer, recipe in zip(layers, recipes, strict=True):
-            layer.recipe = recipe
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    kind = type(module)
-    return kind is QuantizedConv1D or (kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers."))
+        for layer, (recipe, weight_fn) in zip(layers, before, strict=True):
+            layer.recipe, layer.weight_fn = recipe, weight_fn
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return type(module) in (nn.Linear, QuantizedLinear) or _is_conv1d(module)
+    return type(module) in (nn.Linear, QuantizedLinear) or is_conv1d(module)
 
 
 def _head(model: nn.Module) -> nn.Module | None:
@@ -142,18 +191,20 @@ def _sizes(module: nn.Module) -> tuple[int, int]:
     """(in_features, out_features)."""
     assert isinstance(module.weight, nn.Parameter)
     rows, columns = module.weight.shape
-    return (rows, columns) if _is_conv1d(module) else (columns, rows)
+    return (rows, columns) if is_conv1d(module) else (columns, rows)
 
 
 def _convert_layer(name: str, module: nn.Module, recipe: Recipe, seed: int) -> None:
     # The class is exchanged rather than the module, so that parameters, ties, hooks and references all survive.
-    module.__class__ = QuantizedConv1D if _is_conv1d(module) else QuantizedLinear
+    module.__class__ = QuantizedConv1D if is_conv1d(module) else QuantizedLinear
     assert isinstance(module, QuantizedLinear | QuantizedConv1D)
     module.recipe = recipe
     module.layer_name = name
     keys = [word for role in ROLES for word in Noise.of(seed, name, role).key]
     noise = torch.tensor([0, *keys], dtype=torch.int64, device=module.weight.device)
     module.register_buffer("noise", noise, persistent=False)
+    if "weight_fn" not in module._modules:
+        module.register_module("weight_fn", None)
 
 
 def _check_sizes(name: str, module: nn.Module, recipe: Recipe) -> None:

@@ -13,9 +13,11 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
+from torch.utils.checkpoint import checkpoint
 
 from lowbits.errors import ShapeError
 from lowbits.kernels import Execution, scaled_mm
+from lowbits.nn._phase import during
 from lowbits.nn._recipe import Recipe, Save
 from lowbits.quantizers import Noise, PackedTensor, QTensor, QuantSpec, quantize
 
@@ -32,26 +34,49 @@ class _Plan(NamedTuple):
     observer: Observer | None
 
 
+def _own(layer: QuantizedLayer) -> Recipe:
+    return layer.own_recipe
+
+
+def _assign(layer: QuantizedLayer, recipe: Recipe) -> None:
+    layer.own_recipe, layer.active = recipe, during(recipe, *layer.passes)
+
+
+def switch_(layer: QuantizedLayer, passes: tuple[bool, bool]) -> None:
+    """Quantize the forward and the backward pass of a layer, or not; its recipe stays."""
+    layer.passes, layer.active = passes, during(layer.own_recipe, *passes)
+
+
 class QuantizedLinear(nn.Linear):
     """`nn.Linear` under a recipe; made from one by `convert_`, which keeps its parameters and `state_dict` keys.
 
     Attributes:
         recipe: assign `Recipe()` to switch the quantizers off.
+        passes: whether the forward and the backward pass follow the recipe, as `set_phase_` says.
+        active: what the layer computes: the recipe without the operands of a pass that is off.
         layer_name: the module's path, which names it in errors and keys its random bits.
         observer: called with role (`fprop.lhs`, ...), operand and its quantized form, whenever the forward pass or its
             backward quantizes one: telemetry, in eager mode. Whoever sets it takes it away after the forward pass.
         noise: int64 [1 + 2 roles], the step and the Philox keys of `ROLES`. A buffer that no checkpoint holds; as
             plain numbers the keys would be constants of a compiled graph, another graph for every layer.
+        weight_fn: None, or a module whose result stands for the weight in all three GEMMs: learned or noisy quantizers.
+            It is differentiated as usual, and takes the weight as it is stored.
+        keep_weight: False where the backward pass shall make the result of `weight_fn` again instead of keeping it.
     """
 
-    recipe: Recipe
+    recipe = property(_own, _assign)
+    own_recipe: Recipe
+    active: Recipe
+    passes: tuple[bool, bool] = (True, True)
     layer_name: str
     noise: Tensor
     observer: Observer | None = None
+    weight_fn: nn.Module | None
+    keep_weight: bool = True
 
     def forward(self, input: Tensor) -> Tensor:
         """Return input W^T + b in the compute dtype, [..., in] -> [..., out]."""
-        return quantized_linear(self, input, self.weight)
+        return _through_weight_fn(self, input)
 
     def extra_repr(self) -> str:
         """Show the recipe beside the sizes."""
@@ -61,10 +86,15 @@ class QuantizedLinear(nn.Linear):
 class QuantizedConv1D(nn.Module):
     """transformers' `Conv1D` (GPT-2), a linear layer that stores its weight as [in, out], under a recipe."""
 
-    recipe: Recipe
+    recipe = property(_own, _assign)
+    own_recipe: Recipe
+    active: Recipe
+    passes: tuple[bool, bool] = (True, True)
     layer_name: str
     noise: Tensor
     observer: Observer | None = None
+    weight_fn: nn.Module | None
+    keep_weight: bool = True
     weight: nn.Parameter
     bias: nn.Parameter
 
@@ -80,7 +110,7 @@ class QuantizedConv1D(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x W + b in the compute dtype, [..., in] -> [..., out]."""
-        return quantized_linear(self, x, self.weight.t())
+        return _through_weight_fn(self, x)
 
     def extra_repr(self) -> str:
         """Show sizes and recipe."""
@@ -90,19 +120,35 @@ class QuantizedConv1D(nn.Module):
 QuantizedLayer = QuantizedLinear | QuantizedConv1D
 
 
+def _through_weight_fn(layer: QuantizedLayer, x: Tensor) -> Tensor:
+    if layer.keep_weight or layer.weight_fn is None:
+        return _with_weight(layer, x)
+    # The backward pass runs it again up to the GEMM, whose operands are all that it needs: one pass over the weight.
+    y: Any = checkpoint(_with_weight, layer, x, use_reentrant=False, preserve_rng_state=False)
+    return y
+
+
+def _with_weight(layer: QuantizedLayer, x: Tensor) -> Tensor:
+    weight = layer.weight if layer.weight_fn is None else layer.weight_fn(layer.weight)
+    return quantized_linear(layer, x, weight if isinstance(layer, QuantizedLinear) else weight.t())
+
+
 def quantized_linear(layer: QuantizedLayer, x: Tensor, weight: Tensor) -> Tensor:
     """Run `layer`'s three GEMMs on x [..., in] and weight [out, in].
 
     The compute dtype is autocast's, or x's. X is cast to it first, as `nn.Linear` does under autocast, so that what
     waits for backward is no larger; the weight is quantized from its own, wider dtype.
     """
-    if layer.recipe.plain:
+    recipe = layer.active
+    if recipe.plain:
         return linear(x, weight, layer.bias)
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     # A name inside a graph is one of its constants: torch 2.11 would compile every layer anew.
     name = "a compiled layer" if torch.compiler.is_compiling() else layer.layer_name
-    plan = _Plan(layer.recipe, dtype, name, layer.observer)
+    plan = _Plan(recipe, dtype, name, layer.observer)
+    if not any(recipe.fprop):
+        return _PlainForward.apply(x.to(dtype), weight, layer.bias, layer.noise, plan)
     y = _QuantizedMatmul.apply(x.reshape(-1, x.shape[-1]).to(dtype), weight, layer.noise, plan)
     y = y.view(*x.shape[:-1], weight.shape[0])
     return y if layer.bias is None else y + layer.bias.to(dtype)
@@ -116,28 +162,55 @@ class _QuantizedMatmul(torch.autograd.Function):
         recipe = plan.recipe
         qx = _operand(x, recipe.fprop.lhs, plan, "fprop.lhs", noise)
         qw = _operand(w, recipe.fprop.rhs, plan, "fprop.rhs", noise)
-        ctx.plan, ctx.dtypes = plan, (x.dtype, w.dtype)
-        kept: list[Tensor | QTensor] = [x, w]
-        if recipe.save is Save.QUANTIZED:
-            kept = [qx, qw]
-        elif recipe.save is Save.OPERANDS and ctx.needs_input_grad[1]:
-            kept = [_operand(x.t(), recipe.wgrad.rhs, plan, "wgrad.rhs", noise), w]
-        packed = [q.pack() if isinstance(q, QTensor) else q for q in kept]
-        ctx.packed = [(p.spec, p.shape) if isinstance(p, PackedTensor) else None for p in packed]
-        parts = [p.tensors() if isinstance(p, PackedTensor) else (p,) for p in packed]
-        ctx.save_for_backward(noise, *[t for part in parts for t in part])
+        _keep_for_backward(ctx, plan, noise, *((qx, qw) if recipe.save is Save.QUANTIZED else (x, w)), w.dtype)
         return scaled_mm(qx, qw, plan.dtype, recipe.execution if any(recipe.fprop) else Execution.SIMULATED)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # type: ignore[override]
-        noise, x, w = _saved(ctx)
-        plan, dx, dw = ctx.plan, None, None
-        if ctx.needs_input_grad[0]:
-            dx = _backward_mm(plan, "dgrad", g, _turned(w), noise).to(ctx.dtypes[0])
-        if ctx.needs_input_grad[1]:
-            dw = _backward_mm(plan, "wgrad", g.t(), x if plan.recipe.save is Save.OPERANDS else _turned(x), noise)
-            dw = dw.to(ctx.dtypes[1])
-        return dx, dw, None, None
+        return *_backward(ctx, g), None, None
+
+
+class _PlainForward(torch.autograd.Function):
+    """The output of `nn.Linear` bit for bit, bias and all; dgrad and wgrad are quantized as the recipe says."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, noise: Tensor, plan: _Plan) -> Tensor:  # type: ignore[override]
+        _keep_for_backward(ctx, plan, noise, x.reshape(-1, x.shape[-1]), w, w.dtype)
+        ctx.shape, ctx.bias_dtype = x.shape, None if bias is None else bias.dtype
+        return linear(x, w.to(plan.dtype), None if bias is None else bias.to(plan.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        g = g.reshape(-1, g.shape[-1])
+        dx, dw = _backward(ctx, g)
+        db = g.sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None
+        return None if dx is None else dx.view(ctx.shape), dw, db, None, None
+
+
+def _keep_for_backward(
+    ctx: Any, plan: _Plan, noise: Tensor, x: Tensor | QTensor, w: Tensor | QTensor, weight_dtype: torch.dtype
+) -> None:
+    """Save X and W, packed where they are codes, and X as wgrad's operand where the recipe asks for it."""
+    ctx.plan, ctx.weight_dtype = plan, weight_dtype
+    if plan.recipe.save is Save.OPERANDS and ctx.needs_input_grad[1]:
+        assert isinstance(x, Tensor)
+        x = _operand(x.t(), plan.recipe.wgrad.rhs, plan, "wgrad.rhs", noise)
+    packed = [q.pack() if isinstance(q, QTensor) else q for q in (x, w)]
+    ctx.packed = [(p.spec, p.shape) if isinstance(p, PackedTensor) else None for p in packed]
+    parts = [p.tensors() if isinstance(p, PackedTensor) else (p,) for p in packed]
+    ctx.save_for_backward(noise, *[t for part in parts for t in part])
+
+
+def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """dX [M, K] and dW [N, K] where they are needed, from G [M, N]."""
+    noise, x, w = _saved(ctx)
+    plan, dx, dw = ctx.plan, None, None
+    if ctx.needs_input_grad[0]:
+        dx = _backward_mm(plan, "dgrad", g, _turned(w), noise).to(plan.dtype)
+    if ctx.needs_input_grad[1]:
+        dw = _backward_mm(plan, "wgrad", g.t(), x if plan.recipe.save is Save.OPERANDS else _turned(x), noise)
+        dw = dw.to(ctx.weight_dtype)
+    return dx, dw
 
 
 def _saved(ctx: Any) -> tuple[Tensor, Tensor | QTensor, Tensor | QTensor]:

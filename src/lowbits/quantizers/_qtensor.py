@@ -82,7 +82,7 @@ class QuantSpec:
         if self.rounding is not Rounding.NEAREST:
             parts.append(self.rounding.value)
         if self.transform is not None:
-            signs = "" if self.transform.signs or self.transform.seed is not None else " without signs"
+            signs = "" if self.transform.signs else " without signs"
             parts.append(f"hadamard {self.transform.size}{signs}")
         return " ".join(parts)
 

@@ -29,26 +29,33 @@ class Hadamard:
 
     Args:
         size: a power of two.
-        seed: of random signs d; None takes `signs`.
-        signs: d itself, `size` numbers 1 or -1; None means no signs.
+        signs: d, `size` numbers 1 or -1; None means no signs. `random` draws them.
         dtype: the result is rounded to it; torch.bfloat16 is what NVFP4's recipe does before it looks for amaxes.
     Raises:
-        SpecError: the size is not a power of two; the signs are not `size` signs, or there is a seed as well.
+        SpecError: the size is not a power of two, or the signs are not `size` signs.
     """
 
     size: int = 16
-    seed: int | None = None
     signs: tuple[int, ...] | None = None
     dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
         if self.size < 2 or self.size & (self.size - 1):
             raise SpecError(f"Hadamard({self.size}): the size is a power of two, at least 2.")
-        if self.signs is not None and (len(self.signs) != self.size or set(self.signs) - {1, -1} or self.seed):
-            raise SpecError(
-                f"Hadamard({self.size}): signs are {self.size} numbers 1 or -1 and no seed, got {self.signs} and seed "
-                f"{self.seed}."
-            )
+        if self.signs is not None and (len(self.signs) != self.size or set(self.signs) - {1, -1}):
+            raise SpecError(f"Hadamard({self.size}): signs are {self.size} numbers 1 or -1, got {self.signs}.")
+
+    @classmethod
+    def random(cls, size: int, seed: int, dtype: torch.dtype = torch.float32) -> Hadamard:
+        """Return a transform with random signs.
+
+        Args:
+            size: a power of two.
+            seed: of the signs.
+            dtype: the result is rounded to it.
+        """
+        bits = Noise.of(seed, "hadamard", "signs").bits((size,), 0)
+        return cls(size, tuple(1 - 2 * int(bit & 1) for bit in bits), dtype)
 
     def padded(self, extent: int) -> int:
         """Return the length of the result for `extent` elements."""
@@ -75,9 +82,5 @@ class Hadamard:
         return x
 
     def _diagonal(self, device: torch.device) -> Tensor:
-        if self.signs is not None:
-            return torch.tensor(self.signs, dtype=torch.float32, device=device)
-        if self.seed is None:
-            return torch.ones(self.size, device=device)
-        bits = Noise.of(self.seed, "hadamard", "signs").bits((self.size,), 0, device=device)
-        return (1 - 2 * (bits & 1)).float()
+        signs = (1,) * self.size if self.signs is None else self.signs
+        return torch.tensor(signs, dtype=torch.float32, device=device)

@@ -41,7 +41,7 @@ def mxfp4(exponent: SharedExponent = SharedExponent.UP) -> Recipe:
     x = QuantSpec(E2M1, PerGroup(_BLOCK), Microscaling(exponent))
     w = replace(x, granularity=PerTile(_BLOCK, _BLOCK))
     g = replace(x, rounding=Rounding.STOCHASTIC_8BIT)
-    rht = Hadamard(_BLOCK, seed=1, dtype=torch.bfloat16)
+    rht = Hadamard.random(_BLOCK, seed=1, dtype=torch.bfloat16)
     return Recipe(
         fprop=Gemm(x, w),
         dgrad=Gemm(g, w),

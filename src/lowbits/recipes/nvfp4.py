@@ -72,7 +72,7 @@ def _signless(size: int) -> Hadamard:
 
 
 def _signed(size: int) -> Hadamard:
-    return Hadamard(size, seed=1, dtype=torch.bfloat16)
+    return Hadamard.random(size, seed=1, dtype=torch.bfloat16)
 
 
 NVFP4 = nvfp4()

@@ -6,12 +6,12 @@ Every trace of an arm carries the arm's name in `meta`, so that the page's one l
 
 from __future__ import annotations
 
-import os.path
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 from lowbits.study._arms import BASELINE, NULL, Arm
 from lowbits.study._curves import Curve
+from lowbits.study._layer_errors import METRICS, ROLE_TITLES, SCALE, history_map, short_names, span_of
 from lowbits.study._numbers import nats, size
 from lowbits.study._statistics import Noise
 from lowbits.study._summary import Summary
@@ -23,14 +23,6 @@ INK, MUTED, GRID = "#1d2433", "#5b6475", "#e6e9ef"
 # Okabe and Ito's colours, which the colour-blind can tell apart, darkened for thin lines on white, and a few between.
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#b8569a", "#c48a00", "#56a3d9", "#7a4fb5", "#8a6d3b", "#c23b4a", "#3f7f7f")
 MEMORY_COLORS = ("#2f5d8a", "#d08a3e", "#6b9080", "#a7b4c4", "#8d6a9f", "#c0717a")
-ROLE_TITLES = {"weight": "Weights", "input": "Inputs", "grad": "Gradients"}
-# Darker is worse, in every map.
-_ERROR_SCALE = ((0.0, "#f4f7fb"), (0.35, "#b9d2e8"), (0.7, "#4f86b8"), (1.0, "#123a63"))
-_METRICS = {
-    "sqnr_db": ("SQNR (dB)", "%{z:.0f}"),
-    "zero": ("Flushed to zero", "%{z:.1%}"),
-    "clipped": ("Clipped", "%{z:.1%}"),
-}
 _FONT = {
     "family": "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif",
     "size": 13,
@@ -60,6 +52,7 @@ def figures(summary: Summary) -> dict[str, Figure]:
         ),
         "memory": memory_chart(arms),
         **{f"errors-{role}": error_map(arms, role) for role in roles(arms)},
+        **{f"history-{role}": history_chart(arms, role) for role in roles(arms)},
     }
     return {name: figure for name, figure in drawn.items() if figure["data"]}
 
@@ -304,16 +297,26 @@ def _bar_note(total: float, y: float) -> Figure:
 
 
 def roles(arms: Sequence[Arm]) -> list[str]:
-    """Return the operands of which an error was measured, weights first."""
-    found = dict.fromkeys(role for arm in arms for operands in arm.errors.values() for role in operands)
-    return [role for role in ROLE_TITLES if role in found] + [role for role in found if role not in ROLE_TITLES]
+    """Return the roles of which an error was measured, weights first."""
+    found = {role for arm in arms for operands in arm.errors.values() for role in operands}
+    return [role for role in ROLE_TITLES if role in found]
+
+
+def history_chart(arms: Sequence[Arm], role: str) -> Figure:
+    """Return layers by steps, one arm at a time; without data where no arm was measured more than once."""
+    histories = {arm.name: arm.error_history for arm in arms if arm.error_history.values}
+    if all(len(found.steps) < 2 for found in histories.values()):
+        return {"data": [], "layout": {}}
+    drawn = history_map(histories, role)
+    layout = _layout(drawn["height"], xaxis=drawn["xaxis"], yaxis=drawn["yaxis"])
+    return {"data": drawn["data"], "layout": layout}
 
 
 def error_map(arms: Sequence[Arm], role: str) -> Figure:
     """Return layers by arms; one trace a metric, of which the page shows one at a time."""
     shown = [arm for arm in arms if any(role in operands for operands in arm.errors.values())]
     layers = list(dict.fromkeys(layer for arm in shown for layer in arm.errors))
-    traces = [_map_of(metric, role, shown, layers, arms) for metric in _METRICS]
+    traces = [_map_of(metric, role, shown, layers, arms) for metric in METRICS]
     x_axis = {"side": "top", "tickangle": -45, "showgrid": False, "automargin": False}
     y_axis = {"autorange": "reversed", "showgrid": False, "tickfont": {"size": 11}}
     layout = _layout(_NAMES_HEIGHT + 20 + 21 * len(layers), xaxis=x_axis, yaxis=y_axis)
@@ -322,7 +325,8 @@ def error_map(arms: Sequence[Arm], role: str) -> Figure:
 
 
 def _map_of(metric: str, role: str, shown: Sequence[Arm], layers: Sequence[str], arms: Sequence[Arm]) -> Figure:
-    title, text = _METRICS[metric]
+    title, digits = METRICS[metric]
+    text = f"%{{z:{digits}}}"
     values = [[arm.errors.get(layer, {}).get(role, {}).get(metric) for arm in shown] for layer in layers]
     low, high = _metric_range(metric, arms)
     return {
@@ -335,7 +339,7 @@ def _map_of(metric: str, role: str, shown: Sequence[Arm], layers: Sequence[str],
         "z": values,
         "zmin": low,
         "zmax": high,
-        "colorscale": _ERROR_SCALE,
+        "colorscale": SCALE,
         "reversescale": metric == "sqnr_db",
         "showscale": False,
         "xgap": 2,
@@ -347,19 +351,6 @@ def _map_of(metric: str, role: str, shown: Sequence[Arm], layers: Sequence[str],
 
 
 def _metric_range(metric: str, arms: Sequence[Arm]) -> tuple[float, float]:
-    """One scale for all operands, so that maps can be compared; shares never fill it below one percent."""
+    """One scale for all operands, so that maps can be compared."""
     numbers = [n.get(metric) for arm in arms for operands in arm.errors.values() for n in operands.values()]
-    known = [n for n in numbers if n is not None]
-    if metric == "sqnr_db":
-        return min(known, default=0.0), max([*known, 1.0])
-    return 0.0, max([*known, 0.01])
-
-
-def short_names(layers: Sequence[str]) -> list[str]:
-    """Return the names without the prefix that all share, cut at a dot.
-
-    >>> short_names(["transformer.h.0.mlp", "transformer.h.1.mlp"])
-    ['0.mlp', '1.mlp']
-    """
-    shared = os.path.commonprefix(list(layers)).rpartition(".")[0] if len(layers) > 1 else ""
-    return [layer.removeprefix(f"{shared}.") if shared else layer for layer in layers]
+    return span_of(metric, [n for n in numbers if n is not None])

@@ -7,7 +7,8 @@ from importlib import resources
 from pathlib import Path
 
 from lowbits.study import _numbers
-from lowbits.study._figures import ROLE_TITLES, colors, figures, memory_legend, roles
+from lowbits.study._figures import colors, figures, memory_legend, roles
+from lowbits.study._layer_errors import ROLE_TITLES
 from lowbits.study._records import writing
 from lowbits.study._summary import Summary, summarize
 
@@ -41,7 +42,7 @@ def render(summary: Summary) -> str:
         arms=summary.arms,
         figures=figures(summary),
         colors=colors(summary.arms),
-        roles=[(role, ROLE_TITLES.get(role, role.replace("_", " ").capitalize())) for role in roles(summary.arms)],
+        roles=[(role, ROLE_TITLES[role]) for role in roles(summary.arms)],
         memory_legend=memory_legend(summary.arms),
         verdicts=VERDICTS,
         style=(files / "report.css").read_text(encoding="utf-8"),
