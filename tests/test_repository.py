@@ -52,7 +52,7 @@ def test_sessions_in_pages_are_true(page: Path) -> None:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if fences(page, "python")], ids=name)
 def test_code_in_pages_runs(page: Path) -> None:
-    exec(compile("\n".join(fences(page, "python")), name(page), "exec"), {"__name__": "page"})
+    exec(compile("\n".join(fences(page, "python")), name(page), "exec", dont_inherit=True), {"__name__": "page"})
 
 
 def test_the_readme_fits_one_screen() -> None:
