@@ -200,6 +200,7 @@ def test_phases_that_do_not_follow_each_other(phases, message):
         check_phases([Phase.parse(text) for text in phases.split()], steps=10)
 
 
+@pytest.mark.filterwarnings("ignore")  # of torch, from inside dynamo
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "c++", "clang++"))), reason="no C++ compiler")
 def test_compiled_blocks_are_compiled_once_a_phase():
     """Four blocks share one graph a phase, and a phase that comes again has its graph already."""
