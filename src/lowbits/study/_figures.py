@@ -51,6 +51,10 @@ def figures(summary: Summary) -> dict[str, Figure]:
             curve_chart(arms, _gap_curve, "gap to the baseline (nats)", _gap_range(arms, summary.noise)), summary.noise
         ),
         "memory": memory_chart(arms),
+        **{
+            f"method-{name}": method_chart(arms, name)
+            for name in dict.fromkeys(n for a in arms for n in a.method_curves)
+        },
         **{f"errors-{role}": error_map(arms, role) for role in roles(arms)},
         **{f"history-{role}": history_chart(arms, role) for role in roles(arms)},
     }
@@ -115,6 +119,15 @@ def curve_chart(arms: Sequence[Arm], curve_of: CurveOf, title: str, y_range: tup
         y_axis["range"] = y_range
     x_axis = {"title": {"text": "tokens", "font": {"size": 12, "color": MUTED}}, "rangemode": "tozero"}
     return {"data": traces, "layout": _layout(340, xaxis=x_axis, yaxis=y_axis, hovermode="closest")}
+
+
+def method_chart(arms: Sequence[Arm], name: str) -> Figure:
+    """Return one number of the arms' methods over the tokens seen."""
+    figure = curve_chart(arms, lambda arm: arm.method_curves.get(name, Curve()), name, None)
+    for trace in figure["data"]:
+        if "hovertemplate" in trace:
+            trace["hovertemplate"] = trace["hovertemplate"].replace(":.4f} nats", ":.4g}")
+    return figure
 
 
 def _line(arm: Arm, curve: Curve, color: str) -> Figure:

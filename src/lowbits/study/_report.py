@@ -9,6 +9,7 @@ from pathlib import Path
 from lowbits.study import _numbers
 from lowbits.study._figures import colors, figures, memory_legend, roles
 from lowbits.study._layer_errors import ROLE_TITLES
+from lowbits.study._methods import cell, shade
 from lowbits.study._records import writing
 from lowbits.study._summary import Summary, summarize
 
@@ -35,12 +36,15 @@ def render(summary: Summary) -> str:
     files = resources.files("lowbits.study")
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     page.filters |= {name: getattr(_numbers, name) for name in ("nats", "with_spread", "sigmas", "count", "size")}
+    page.filters |= {"cell": cell, "shade": shade}
     page.filters |= {"duration": _numbers.duration, "ratio": _numbers.ratio}
     template = page.from_string((files / "report.html.j2").read_text(encoding="utf-8"))
+    drawn = figures(summary)
     return template.render(
         summary=summary,
         arms=summary.arms,
-        figures=figures(summary),
+        figures=drawn,
+        method_figures=[name for name in drawn if name.startswith("method-")],
         colors=colors(summary.arms),
         roles=[(role, ROLE_TITLES[role]) for role in roles(summary.arms)],
         memory_legend=memory_legend(summary.arms),

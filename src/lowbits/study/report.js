@@ -37,7 +37,8 @@
     button.addEventListener("click", () => {
       const on = button.getAttribute("aria-pressed") !== "true";
       press(button, on);
-      visible(["validation", "training", "gap-curve"], { [button.dataset.arm]: on });
+      const curves = [...charts.keys()].filter((name) => name.startsWith("method-"));
+      visible(["validation", "training", "gap-curve", ...curves], { [button.dataset.arm]: on });
     });
   }
   const metrics = [...document.querySelectorAll("[data-metric]")];
