@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lowbits.formats import E4M3, E8M0, Format
-from lowbits.quantizers._scale import MANTISSA, Scales
+from lowbits.quantizers._scale import MANTISSA, Scales, quotient
 
 _LARGEST = torch.finfo(torch.float32).max
 
@@ -68,13 +68,13 @@ class TwoLevel:
         amax = x.abs().amax(dims, keepdim=True)
         if self.order is Order.TORCHAO_INFERENCE:
             return self._torchao(amax, fmt)
-        outer = (E4M3.max * fmt.max / amax.amax()).clamp_max(_LARGEST)
+        outer = quotient(E4M3.max * fmt.max, amax.amax()).clamp_max(_LARGEST)
         if self.power_of_two:
             down = (outer.view(torch.int32) & ~MANTISSA).view(torch.float32)
             outer = torch.where(outer.isnan(), outer, down)
         outer = torch.where((outer == 0) | (amax.amax() == 0), 1.0, outer)
         if self.order is Order.PAPER:
-            target = (amax / fmt.max) * outer
+            target = quotient(amax, fmt.max) * outer
         else:
             target = amax * (outer * torch.tensor(1 / fmt.max, dtype=torch.float32, device=x.device))
         scale = self._rounded(target.clamp_max(E4M3.max))
@@ -83,12 +83,12 @@ class TwoLevel:
         return Scales(scale, outer=decode.expand([1] * x.ndim), encode=encode)
 
     def _torchao(self, amax: Tensor, fmt: Format) -> Scales:
-        outer = amax.amax() / (E4M3.max * fmt.max)
+        outer = quotient(amax.amax(), E4M3.max * fmt.max)
         outer = torch.where(outer == 0, 1.0, outer)  # torchao makes NaN of a tensor of zeros
         if self.power_of_two:
             up = (outer.view(torch.int32) + MANTISSA) & ~MANTISSA
             outer = torch.where(outer.isfinite(), up.view(torch.float32), outer)
-        scale = self._rounded(((amax / fmt.max) / outer).clamp(2.0**E4M3.min_normal_exponent, E4M3.max))
+        scale = self._rounded((quotient(amax, fmt.max) / outer).clamp(2.0**E4M3.min_normal_exponent, E4M3.max))
         return Scales(scale, outer=outer.expand([1] * amax.ndim), encode=(1 / outer) / scale)
 
     def _rounded(self, target: Tensor) -> Tensor:
@@ -135,7 +135,7 @@ class Microscaling:
         if self.exponent is SharedExponent.EVEN:
             bits = bits + (1 << (22 - _mantissa_bits(fmt)))
         if self.exponent is SharedExponent.UP:
-            bits, top = (amax / fmt.max).view(torch.int32), 0
+            bits, top = quotient(amax, fmt.max).view(torch.int32), 0
         exponent = bits >> 23
         if self.exponent is SharedExponent.UP:  # 2^-127 is the middle of the subnormals, exponent 0 holds both halves
             exponent = exponent + ((bits & MANTISSA) > torch.where(exponent == 0, 1 << 22, 0))

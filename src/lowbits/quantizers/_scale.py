@@ -143,6 +143,18 @@ class StudyAsymmetric:
         return Scales(scale, torch.round(low / scale - fmt.min))
 
 
+def quotient(numerator: Tensor | float, denominator: Tensor | float) -> Tensor:
+    """Return numerator / denominator, one of them a tensor, in float32 and rounded once on every device.
+
+    torch multiplies by a reciprocal instead, which rounds twice: number / tensor everywhere, tensor / number on CUDA.
+    In float64 the error of that is 2^-52, and the quotient of two float32 numbers is either where float32 changes its
+    rounding or 2^-49 away from there.
+    """
+    numerator = numerator.double() if isinstance(numerator, Tensor) else numerator
+    denominator = denominator.double() if isinstance(denominator, Tensor) else denominator
+    return torch.as_tensor(numerator / denominator).float()
+
+
 def _amax(x: Tensor, dims: tuple[int, ...], floor: float) -> Tensor:
     amax = x.abs().amax(dims, keepdim=True)
     return amax.clamp_min(floor) if floor else amax
@@ -151,5 +163,5 @@ def _amax(x: Tensor, dims: tuple[int, ...], floor: float) -> Tensor:
 def _guard(extent: Tensor, divisor: float, fmt: Format) -> Tensor:
     """extent / divisor, kept usable for groups of zeros and for subnormals; what is not finite becomes NaN."""
     empty = 1.0 if fmt.has_zero else SMALLEST_NORMAL
-    scale = torch.where(extent == 0, empty, (extent / divisor).clamp_min(SMALLEST_NORMAL))
+    scale = torch.where(extent == 0, empty, quotient(extent, divisor).clamp_min(SMALLEST_NORMAL))
     return torch.where(extent.isfinite(), scale, torch.nan)
