@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from lowbits.analysis import tensor_errors
+from lowbits.analysis import TensorErrors, error_sums, tensor_errors
 from lowbits.formats import E4M3, INT4, INT8, TERNARY
 from lowbits.quantizers import (
     AbsMean,
@@ -84,6 +85,39 @@ def test_stochastic_rounding_is_measured_with_a_fixed_draw() -> None:
     spec = QuantSpec(INT4, rounding=Rounding.STOCHASTIC)
     assert tensor_errors(x, spec) == tensor_errors(x, spec)
     assert tensor_errors(x, spec).sqnr_db < tensor_errors(x, QuantSpec(INT4)).sqnr_db
+
+
+@pytest.mark.parametrize("magnitude", [1e-35, 1e-20, 1.0, 1e30])
+def test_no_magnitude_under_or_overflows(magnitude: float) -> None:
+    """Powers of two times a tensor lose the same share of it, while all is normal."""
+    x = torch.randn(8, 64)
+    scaled = tensor_errors(x * 2.0 ** round(math.log2(magnitude)), QuantSpec(INT8, PerRow()))
+    assert scaled.relative_error == pytest.approx(tensor_errors(x, QuantSpec(INT8, PerRow())).relative_error, rel=1e-4)
+
+
+def test_bias_is_the_share_by_which_a_tensor_grew() -> None:
+    # mean |x| = 2: 5 becomes 2, -2 stays, 0.5 becomes 0: <x_hat, x> = 10 + 4, <x, x> = 25 + 4 + 0.5
+    errors = tensor_errors(torch.tensor([[5.0, -2.0, 0.5, 0.5]]), QuantSpec(TERNARY, PerRow(), AbsMean()))
+    assert errors.bias == pytest.approx(14 / 29.5 - 1)
+    x = torch.randn(64, 256)
+    # Unbiased: the mean of <x_hat - x, x> / <x, x> over 16,384 entries; a step is amax / 127 = 0.03, so its standard
+    # deviation is at most 0.5 * 0.03 / sqrt(16384) = 1.2e-4.
+    assert abs(tensor_errors(x, QuantSpec(INT8, rounding=Rounding.STOCHASTIC)).bias) < 4 * 1.2e-4
+
+
+def test_sums_of_parts_are_those_of_the_whole() -> None:
+    x, spec = torch.randn(12, 32), QuantSpec(INT4, PerRow())
+    parts = [error_sums(part, quantize(part, spec)).tolist() for part in x.split(5)]
+    whole = tensor_errors(x, spec)
+    assert TensorErrors.of_sums(parts).as_json() == pytest.approx(whole.as_json(), rel=1e-5)
+
+
+def test_overflow_of_the_quantizer_is_told_from_nonfinite_input() -> None:
+    x = torch.tensor([[1.0, 2.0], [3.0, math.nan]])
+    assert (tensor_errors(x, QuantSpec(INT8)).nonfinite, tensor_errors(x, QuantSpec(INT8)).overflowed) == (0.25, False)
+    sums = error_sums(torch.ones(2), replace(quantize(torch.ones(2), QuantSpec(INT8)), scale=torch.tensor([math.inf])))
+    errors = TensorErrors.of_sums([sums.tolist()])
+    assert (errors.nonfinite, errors.overflowed) == (0.0, True)
 
 
 def test_exact_empty_and_non_finite_tensors() -> None:

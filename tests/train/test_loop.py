@@ -133,7 +133,7 @@ def test_the_error_monitor_sees_what_the_recipe_quantizes(tiny_tokens: Path, tmp
         ]
         for out in ("eight", "four")
     )
-    assert set(eight["grad"]) == {"sqnr_db", "zero", "clipped", "relative_error", "amax"}
+    assert set(eight["grad"]) == {"sqnr_db", "zero", "clipped", "relative_error", "amax", "bias", "nonfinite"}
     assert eight["grad"]["sqnr_db"] > four["grad"]["sqnr_db"] + 10
     assert four["grad"]["zero"] > 0.3 > eight["grad"]["zero"]  # most gradients are tiny (spec R5)
     assert four["input"] == four["weight"] == {}
