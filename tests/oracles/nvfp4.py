@@ -33,7 +33,8 @@ def bf16(x: np.ndarray) -> np.ndarray:
 def nearest_code(y: np.ndarray, grid: np.ndarray) -> np.ndarray:
     """Index of the grid point nearest to |y|: the number of midpoints below, and the even index on a midpoint."""
     midpoints = (grid[1:] + grid[:-1]) / 2
-    magnitude = np.abs(y.astype(np.float64))
+    with np.errstate(invalid="ignore"):  # of signalling NaNs
+        magnitude = np.abs(y.astype(np.float64))
     below = np.searchsorted(midpoints, magnitude, side="left")
     return below + ((below % 2 == 1) & np.isin(magnitude, midpoints))
 
@@ -130,7 +131,7 @@ def _e4m3(x: np.ndarray, up: bool) -> np.ndarray:
 
 def to_e2m1(y: np.ndarray) -> np.ndarray:
     """The nearest E2M1 number with y's sign; NaN stays."""
-    return np.where(np.isnan(y), np.nan, np.copysign(E2M1[nearest_code(y, E2M1)], y))
+    return np.where(np.isnan(y), np.nan, np.copysign(E2M1[nearest_code(y, E2M1)], np.nan_to_num(y)))
 
 
 def stochastic(y: np.ndarray, noise: np.ndarray, grid: np.ndarray = E2M1) -> np.ndarray:
