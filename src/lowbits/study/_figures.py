@@ -317,8 +317,8 @@ def roles(arms: Sequence[Arm]) -> list[str]:
 
 def history_chart(arms: Sequence[Arm], role: str) -> Figure:
     """Return layers by steps, one arm at a time; without data where no arm was measured more than once."""
-    histories = {arm.name: arm.error_history for arm in arms if arm.error_history.values}
-    if all(len(found.steps) < 2 for found in histories.values()):
+    histories = {arm.name: h for arm in arms if len((h := arm.error_history).steps) > 1 and h.values}
+    if not histories:
         return {"data": [], "layout": {}}
     drawn = history_map(histories, role)
     layout = _layout(drawn["height"], xaxis=drawn["xaxis"], yaxis=drawn["yaxis"])

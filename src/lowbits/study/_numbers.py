@@ -32,6 +32,15 @@ def with_spread(spread: Spread, digits: int = 4) -> str:
     return f"{spread.mean:.{digits}f}{tail}"
 
 
+def decibels(value: float | None) -> str:
+    """Return a ratio of powers.
+
+    >>> decibels(20.43), decibels(None)
+    ('20.4 dB', '–')
+    """
+    return UNKNOWN if value is None else f"{value:.1f} dB"
+
+
 def sigmas(value: float | None) -> str:
     """Return a gap in units of the seed spread.
 

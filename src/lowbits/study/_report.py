@@ -35,7 +35,9 @@ def render(summary: Summary) -> str:
 
     files = resources.files("lowbits.study")
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    page.filters |= {name: getattr(_numbers, name) for name in ("nats", "with_spread", "sigmas", "count", "size")}
+    page.filters |= {
+        name: getattr(_numbers, name) for name in ("nats", "with_spread", "sigmas", "decibels", "count", "size")
+    }
     page.filters |= {"cell": cell, "shade": shade}
     page.filters |= {"duration": _numbers.duration, "ratio": _numbers.ratio}
     template = page.from_string((files / "report.html.j2").read_text(encoding="utf-8"))
@@ -46,6 +48,7 @@ def render(summary: Summary) -> str:
         figures=drawn,
         method_figures=[name for name in drawn if name.startswith("method-")],
         colors=colors(summary.arms),
+        histories=[arm.name for arm in summary.arms if len(arm.error_history.steps) > 1 and arm.error_history.values],
         roles=[(role, ROLE_TITLES[role]) for role in roles(summary.arms)],
         memory_legend=memory_legend(summary.arms),
         verdicts=VERDICTS,

@@ -41,13 +41,26 @@
       visible(["validation", "training", "gap-curve", ...curves], { [button.dataset.arm]: on });
     });
   }
-  const metrics = [...document.querySelectorAll("[data-metric]")];
-  for (const button of metrics) {
-    button.addEventListener("click", () => {
-      for (const other of metrics) press(other, other === button);
-      const shown = Object.fromEntries(metrics.map((other) => [other.dataset.metric, other === button]));
-      visible([...charts.keys()].filter((name) => name.startsWith("errors-")), shown);
-    });
+  // Maps over the run show one recipe and one metric; the maps of all recipes one metric.
+  const buttons = (key) => [...document.querySelectorAll(`[data-${key}]`)];
+  const pressed = (key) => buttons(key).find((button) => button.getAttribute("aria-pressed") === "true")?.dataset[key];
+  const redraw = () => {
+    const metric = pressed("metric");
+    const names = [...charts.keys()];
+    visible(names.filter((name) => name.startsWith("errors-")),
+      Object.fromEntries(buttons("metric").map(({ dataset }) => [dataset.metric, dataset.metric === metric])));
+    visible(names.filter((name) => name.startsWith("history-")),
+      Object.fromEntries(buttons("metric").flatMap(({ dataset }) => buttons("history").map((arm) =>
+        [`${arm.dataset.history}|${dataset.metric}`,
+          dataset.metric === metric && arm.dataset.history === pressed("history")]))));
+  };
+  for (const key of ["metric", "history"]) {
+    for (const button of buttons(key)) {
+      button.addEventListener("click", () => {
+        for (const other of buttons(key)) press(other, other === button);
+        redraw();
+      });
+    }
   }
   document.documentElement.dataset.drawn = String(charts.size);
 })();
