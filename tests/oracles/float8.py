@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from tests.oracles.microscaling import GRIDS
-from tests.oracles.nvfp4 import Encoded, block_amax, f32, nearest_code
+from tests.oracles.microscaling import GRIDS, nearest
+from tests.oracles.nvfp4 import Encoded, block_amax, f32
 
 
 def blocks_of(kind: str, shape: tuple[int, int]) -> tuple[int, int]:
@@ -18,11 +18,6 @@ def blocks_of(kind: str, shape: tuple[int, int]) -> tuple[int, int]:
 def power_below(x: np.ndarray) -> np.ndarray:
     """The largest power of two that is not above x > 0."""
     return f32(np.exp2(np.frexp(x)[1] - 1.0))
-
-
-def nearest(y: np.ndarray, element: str) -> np.ndarray:
-    grid = GRIDS[element]
-    return np.copysign(grid[nearest_code(y, grid)], y)
 
 
 def by_reciprocal(x: np.ndarray, element: str, kind: str, floor: float, power_of_two: bool):
@@ -37,7 +32,7 @@ def by_reciprocal(x: np.ndarray, element: str, kind: str, floor: float, power_of
     if power_of_two:
         encode = power_below(encode)
     y = f32(x) * Encoded(x, encode, np.float32(1), block).of_elements()
-    return nearest(np.clip(y, -largest, largest), element), encode
+    return nearest(y, GRIDS[element]), encode
 
 
 def by_quotient(x: np.ndarray, element: str, kind: str, power_of_two: bool = False):
@@ -53,4 +48,4 @@ def by_quotient(x: np.ndarray, element: str, kind: str, power_of_two: bool = Fal
         below = power_below(scale)
         scale = np.where(below == scale, scale, 2 * below)
     y = f32(x) / Encoded(x, scale, np.float32(1), block).of_elements()
-    return nearest(y, element), scale
+    return nearest(y, GRIDS[element]), scale

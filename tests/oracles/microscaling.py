@@ -28,7 +28,8 @@ def exponent(amax: float, element: str, rule: str) -> int:
     floor: floor(log2 amax) - floor(log2 max)                      (the OCP document)
     ceil:  ceil(log2 amax) - floor(log2 max)
     even:  floor(log2 of amax rounded to the element's mantissa bits, ties up) - floor(log2 max)
-    up:    ceil(log2(amax / max)), the smallest n with amax <= max 2^n     (arXiv:2506.08027; RCEIL)
+    up:    ceil(log2(amax / max)), the smallest n with amax <= max 2^n     (arXiv:2506.08027; RCEIL), of the quotient in
+           float32, which changes n among float32's subnormals alone
     """
     if amax == 0:
         return -127
@@ -36,8 +37,9 @@ def exponent(amax: float, element: str, rule: str) -> int:
     floor = math.frexp(amax)[1] - 1
     top = math.frexp(largest)[1] - 1
     if rule == "up":
+        quotient = float(np.float32(amax / largest))
         n = floor - top - 1
-        while Fraction(amax) > Fraction(largest) * Fraction(2) ** n:
+        while Fraction(quotient) > Fraction(2) ** n:
             n += 1
     elif rule == "ceil":
         n = floor + (amax != 2.0**floor) - top
@@ -59,9 +61,13 @@ def quantize(x: np.ndarray, element: str, rule: str, size: int = 32) -> tuple[np
             block = x[r, part].astype(np.float64)
             n = exponent(float(np.abs(block).max()), element, rule)
             scales[r, b] = n + 127
-            scaled = block / 2.0**n  # exact in float64
-            values[r, part] = np.copysign(grid[nearest_code(scaled, grid)], scaled)
+            values[r, part] = nearest(block / 2.0**n, grid)  # exact in float64
     return values, scales
+
+
+def nearest(y: np.ndarray, grid: np.ndarray) -> np.ndarray:
+    """The number of the grid nearest to |y|, ties to the even code, saturating, with y's sign."""
+    return np.copysign(grid[nearest_code(y, grid)], y)
 
 
 def decoded(values: np.ndarray, scales: np.ndarray, size: int = 32) -> np.ndarray:
