@@ -16,6 +16,7 @@ from lowbits.train import checkpoints
 OPTIONS = (
     "--out --resume --no-resume "
     "--method --model --data --recipe --quantize-head --no-quantize-head --split-qkv --no-split-qkv "
+    "--keep.first --keep.last --keep.names --phases "
     "--steps --batch-size --block --accumulation --dropout --seed "
     "--lr --betas --eps --weight-decay --clip "
     "--curve --warmup --cooldown --final "
@@ -50,7 +51,7 @@ def test_the_options_are_frozen(capsys: pytest.CaptureFixture[str]) -> None:
         main(["train", "--help"])
     text = capsys.readouterr().out
     assert exited.value.code == 0
-    shown = re.findall(r"(?<![\w-])--[a-z][a-z-]+", text.partition("runs/two")[2])
+    shown = re.findall(r"(?<![\w-])--[a-z][a-z.-]*[a-z]", text.partition("runs/two")[2])
     assert set(shown) - {"--help"} == set(OPTIONS.split())
     assert "lowbits train --recipe w8a8 --steps 200 --out runs/first" in text
     names = re.sub(r"[\s│]+", " ", text)
@@ -97,6 +98,14 @@ def test_a_run_file_and_its_exit_codes(tiny: list[str], tmp_path: Path, capsys: 
         ("--batch-size 3 --accumulation 2", "batch-size 3 does not divide into 2 micro-batches"),
         ("--block 1000000", "a block of 1000000 tokens is longer than"),
         ("--split-qkv --model llama-15m", "split-qkv: llama-15m has no fused c_attn layer"),
+        ("--keep.last 1.5", "keep.last is a number of blocks (2) or a share of them between 0 and 1 (0.15), got 1.5"),
+        ("--keep.first 3 --keep.last 0.5", "keep.first=3 and keep.last=0.5 are 5 blocks, GPT2LMHeadModel has 4"),
+        ("--keep.names *.c_atn", "no linear layer of GPT2LMHeadModel is called '*.c_atn'; there are transformer.h."),
+        ("--phases 82%", "'82%' is no phase: START:SWITCHES"),
+        ("--phases 1:forward=of", "'forward=of' is no switch"),
+        ("--phases 7:off", "phase 7:off begins at step 7, the run ends with step 1"),
+        ("--phases 1:off 50%:on", "phases 1:off and 50%:on overlap: both begin at step 1"),
+        ("--phases 1:off 0:backward=off", "comes after 1:off (step 1). Order them by start"),
         ("--warmup 2", "warmup is a share between 0 and 1, got 2.0"),
     ],
 )
@@ -169,3 +178,17 @@ def test_a_truncated_checkpoint(tiny: list[str], tmp_path: Path, capsys: pytest.
     weights.write_bytes(weights.read_bytes()[:-1])
     message = _error(capsys, [*tiny, "--out", str(out), "--resume"])
     assert "model.safetensors is truncated" in message and "start the run again in another --out" in message
+
+
+def test_kept_layers_and_phases(tiny: list[str], tmp_path: Path) -> None:
+    """`--keep` alone still counts checkpoints."""
+    words = "--recipe w8a8 --keep 1 --keep.first 1 --keep.last 0.2 --keep.names *.mlp.c_proj --phases 0:off 50%:on"
+    assert main([*tiny, *words.split(), "--out", str(tmp_path / "run")]) == 0
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert config["keep"] == {"first": 1, "last": 0.2, "names": ["*.mlp.c_proj"]} and config["saving"]["keep"] == 1
+    assert config["phases"] == [
+        {"start": 0, "forward": False, "backward": False},
+        {"start": 0.5, "forward": True, "backward": True},
+    ]
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert result["converted_layers"] == 2 * 3

@@ -108,7 +108,7 @@ def weights_in_few_bits(model: nn.Module) -> int:
     plain = {id(p) for n, m in model.named_modules() if n not in layers for p in m.parameters(recurse=False)}
     total = _unique_bytes(model.parameters())
     for layer in layers.values():
-        spec = layer.recipe.fprop.rhs
+        spec = layer.active.fprop.rhs
         if spec is not None and id(layer.weight) not in plain:
             total += stored_bytes((layer.out_features, layer.in_features), spec) - layer.weight.nbytes
     return total
@@ -148,7 +148,7 @@ def _in_few_bits(kept: _Storage, layers: dict[str, QuantizedLayer]) -> int:
     """Codes for every converted layer that saved it as its input, and the original if anything else needs it."""
     codes, others = 0, False
     for name, shape in kept.savers.items():
-        recipe = layers[name].recipe if name else None
+        recipe = layers[name].active if name else None
         if recipe is None or recipe.fprop.lhs is None or recipe.save is Save.QUANTIZED:
             others = True
         else:

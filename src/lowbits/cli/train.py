@@ -23,6 +23,8 @@ _EXAMPLES = """  lowbits train --recipe w8a8 --steps 200 --out runs/first
   lowbits train --model llama-15m --data runs/data/mine --recipe fp8_rowwise --lr 1e-3 --out runs/llama
   lowbits train --recipe w8a8 --steps 200 --out runs/first --resume      (the same words, after a crash)
   lowbits train --method METHOD --help                                   (a method, and the options that it adds)
+  lowbits train --recipe nvfp4 --keep.last 0.15 --phases 82%:forward=off --out runs/nvfp4
+  lowbits train --recipe w8a8 --keep.first 1 --keep.names '*.mlp.c_proj' --phases 0:off 10%:on --out runs/careful
   lowbits train experiments/mine.py --seed 1 --out runs/mine             (a file with `def run() -> Run`)
   torchrun --nproc-per-node 2 -m lowbits.cli train --out runs/two"""
 

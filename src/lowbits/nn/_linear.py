@@ -35,6 +35,7 @@ class _Plan(NamedTuple):
 
 
 def _own(layer: QuantizedLayer) -> Recipe:
+    """The layer's recipe; assign `Recipe()` to switch the quantizers off."""
     return layer.own_recipe
 
 
@@ -51,7 +52,7 @@ class QuantizedLinear(nn.Linear):
     """`nn.Linear` under a recipe; made from one by `convert_`, which keeps its parameters and `state_dict` keys.
 
     Attributes:
-        recipe: assign `Recipe()` to switch the quantizers off.
+        recipe: the layer's own; assign `Recipe()` to switch the quantizers off.
         passes: whether the forward and the backward pass follow the recipe, as `set_phase_` says.
         active: what the layer computes: the recipe without the operands of a pass that is off.
         layer_name: the module's path, which names it in errors and keys its random bits.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lowbits.data import TokenData
 from lowbits.methods import Position
-from lowbits.nn import set_step_
+from lowbits.nn import phase_at, set_phase_, set_step_
 from lowbits.train._run import Autocast, Run
 from lowbits.train._seeds import derived_seed
 from lowbits.train._world import World
@@ -61,6 +61,9 @@ class Batches:
         torch.manual_seed(derived_seed(run.seed, "dropout", index, here.rank))
         at = self.at(step, micro)
         set_step_(self.model, at.draw)
+        if run.phases:
+            phase = phase_at(run.phases, step, run.steps)
+            set_phase_(self.model, forward=phase.forward, backward=phase.backward)
         run.method.before_forward_(self.model, at)
         with autocast(run, here):
             return run.method.loss(network, ids.to(here.device, non_blocking=True))
@@ -71,13 +74,14 @@ class Batches:
         return Position(step, self.run.steps, draw)
 
     def rehearse(self) -> None:
-        """Run a micro-batch forward and backward without compilation, and forget it.
+        """Run a micro-batch of every phase forward and backward without compilation, and forget it.
 
         What cannot work (a group that does not divide the tokens, too little memory) is said in plain words before
         anything is written; and formats fill their caches, whose lock the compiler cannot trace on Python 3.11.
         """
         with torch.compiler.set_stance("force_eager"):
-            self.loss(self.model, 0).backward()
+            for step in sorted({0, *(phase.first_step(self.run.steps) for phase in self.run.phases)}):
+                self.loss(self.model, step).backward()
         self.model.zero_grad(set_to_none=True)
 
 

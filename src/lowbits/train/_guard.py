@@ -27,7 +27,7 @@ class Event:
     """Something out of the ordinary.
 
     Args:
-        event: `skipped`, `spike`, `nonfinite`, `diverged`, `resumed`, `fallback` or `interrupted`.
+        event: `skipped`, `spike`, `nonfinite`, `diverged`, `resumed`, `fallback`, `interrupted` or `phase`.
         message: one sentence.
         layer: where, if known.
         role: `weight`, `input`, `output` or `gradient`, if known; of a `nonfinite` operand `weight`, `input` or `grad`.

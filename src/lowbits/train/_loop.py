@@ -159,7 +159,8 @@ def _build(run: Run, data: TokenData, here: World) -> tuple[PreTrainedModel, Con
         model = models.build(run.model, data.vocab_size, run.block, run.seed, run.dropout)
     check_vocabulary(data, model.get_input_embeddings().weight.shape[0])  # type: ignore[union-attr, index]
     model.config.eos_token_id = data.eos_id
-    conversion = convert_(model, run.choose(model.get_output_embeddings()), seed=run.seed, verbose=False)
+    choose = run.choose(model.get_output_embeddings())
+    conversion = convert_(model, choose, keep=run.keep, seed=run.seed, verbose=False)
     if run.split_qkv and not any(name.endswith("c_attn") for name in conversion.converted):
         raise RunError(f"split-qkv: {run.model} has no fused c_attn layer to split; leave the option out.")
     run.method.prepare_(model, run.seed)
@@ -212,7 +213,7 @@ def _loop(t: _Training, interrupts: Interrupts) -> str:
         loss, grad_norm, stop = _step(t, interrupts, sample)
         progress.seconds += time.perf_counter() - started
         last = progress.step == run.steps
-        for event in judge(progress, loss, grad_norm):
+        for event in [*_begun(run, progress.step - 1), *judge(progress, loss, grad_norm)]:
             _report(t, _located(t, event))
         t.display.advance(progress.step, loss)
         if last or progress.step % watching.log_every == 0:
@@ -229,6 +230,12 @@ def _loop(t: _Training, interrupts: Interrupts) -> str:
         if stop and not last:
             return "interrupted"
     return "finished"
+
+
+def _begun(run: Run, step: int) -> list[Event]:
+    """The phase that begins with a step, told after it: a log cut behind a checkpoint then repeats no line."""
+    begun = [phase for phase in run.phases if phase.first_step(run.steps) == step]
+    return [Event("phase", f"{phase.words}, from this step on") for phase in begun]
 
 
 def _due_sample(t: _Training) -> Sample | None:

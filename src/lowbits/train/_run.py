@@ -14,7 +14,7 @@ from torch import nn
 from lowbits import models, recipes
 from lowbits.errors import RunError
 from lowbits.methods import Method
-from lowbits.nn import Recipe
+from lowbits.nn import Keep, Phase, Recipe, check_phases
 from lowbits.train._schedule import Schedule
 
 # A user's own architecture: (vocab_size, block) -> a transformers model. Called under the run's seed.
@@ -127,6 +127,10 @@ class Run:
         method: what else a paper changes; on the command line the options of `--method`.
         quantize_head: quantize the output head too.
         split_qkv: give the gradients of q, k and v scales of their own where one layer computes all three (GPT-2).
+        keep: which linear layers stay in high precision all the time.
+        phases: when the forward or the backward pass leaves the recipe for high precision. Each is START:SWITCHES, from
+            a step (200) or a share of the run (82%) until the next one: `82%:forward=off`; `0:off 10%:on` is a start in
+            high precision.
         layers: in Python only: (name, module) -> Recipe or None, asked for every linear layer instead of `recipe`.
         steps: optimizer steps.
         batch_size: sequences in an optimizer step, over all micro-batches and processes.
@@ -150,6 +154,8 @@ class Run:
     method: Method = field(default_factory=Method)
     quantize_head: bool = False
     split_qkv: bool = False
+    keep: Keep = field(default_factory=Keep)
+    phases: tuple[Phase, ...] = ()
     layers: LayerChoice | None = None
     steps: int = 400
     batch_size: int = 16
@@ -188,6 +194,7 @@ class Run:
                 raise RunError(f"{name} is at least {least}, got {value}.")
         if not 0 <= self.dropout < 1:
             raise RunError(f"dropout is a probability below 1, got {self.dropout}.")
+        check_phases(self.phases, self.steps)
 
     @property
     def rule(self) -> Recipe:
