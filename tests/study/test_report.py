@@ -92,6 +92,7 @@ def test_figures_are_valid_plotly(page: Page) -> None:
     figures = json.loads(page.scripts[1])
     assert set(figures) == {
         "gaps", "validation", "training", "gap-curve", "memory", "errors-weight", "errors-input", "errors-grad",
+        "history-weight", "history-input", "history-grad",
     }  # fmt: skip
     for figure in figures.values():
         go.Figure(figure)  # raises on any property that plotly does not know
@@ -153,10 +154,12 @@ _PROBE = """<script>addEventListener("load", () => setTimeout(() => {
     (svg) => svg.getBoundingClientRect().right > innerWidth + 0.5).length;
   document.querySelector('[data-metric="zero"]').click();
   document.querySelector('[data-arm="w8a8"]').click();
+  document.querySelector('[data-history="g4_tensor"]').click();
   const shown = document.getElementById("errors-weight").data.filter((t) => t.visible === true).map((t) => t.meta);
+  const history = document.getElementById("history-grad").data.filter((t) => t.visible === true).map((t) => t.meta);
   const hidden = document.getElementById("validation").data.filter((t) => t.visible === false).length;
   console.log("PROBE" + JSON.stringify({ width: innerWidth, needs: document.documentElement.scrollWidth, wide,
-    drawn: Number(document.documentElement.dataset.drawn), shown, hidden }) + "EBORP");
+    drawn: Number(document.documentElement.dataset.drawn), shown, history, hidden }) + "EBORP");
 }, 500))</script></body>"""
 
 
@@ -185,5 +188,6 @@ def test_in_a_browser_at_desktop_and_phone_width(folder: Path, tmp_path: Path) -
     assert not console, "\n".join(console)
     for probe in found:
         assert probe["needs"] <= probe["width"] and probe["wide"] == 0, probe
-        assert probe["drawn"] == 8 and probe["shown"] == ["zero"] and probe["hidden"] == 2, probe
+        assert probe["history"] == ["g4_tensor|zero"] * 2, probe
+        assert probe["drawn"] == 11 and probe["shown"] == ["zero"] and probe["hidden"] == 2, probe
     assert struct.unpack(">II", shot.read_bytes()[16:24]) == (1800, 2400) and shot.stat().st_size > 100_000

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 from lowbits.study._arms import BASELINE, NULL, Arm
 from lowbits.study._curves import Curve
-from lowbits.study._layer_errors import METRICS, ROLE_TITLES, SCALE, history_map, short_names, span_of
+from lowbits.study._layer_errors import METRICS, ROLE_TITLES, SCALE, ErrorHistory, history_map, short_names, span_of
 from lowbits.study._numbers import nats, size
 from lowbits.study._statistics import Noise
 from lowbits.study._summary import Summary
@@ -315,9 +315,14 @@ def roles(arms: Sequence[Arm]) -> list[str]:
     return [role for role in ROLE_TITLES if role in found]
 
 
+def error_histories(arms: Sequence[Arm]) -> dict[str, ErrorHistory]:
+    """Return the errors over the run of every arm that was measured more than once."""
+    return {arm.name: h for arm in arms if len((h := arm.error_history).steps) > 1 and h.values}
+
+
 def history_chart(arms: Sequence[Arm], role: str) -> Figure:
     """Return layers by steps, one arm at a time; without data where no arm was measured more than once."""
-    histories = {arm.name: h for arm in arms if len((h := arm.error_history).steps) > 1 and h.values}
+    histories = error_histories(arms)
     if not histories:
         return {"data": [], "layout": {}}
     drawn = history_map(histories, role)

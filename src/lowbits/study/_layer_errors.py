@@ -151,16 +151,16 @@ def history_map(histories: dict[str, ErrorHistory], role: str) -> Figure:
     The first is the map, the second the last measurement in numbers, the worst in bold. `meta` is `arm|metric`.
 
     Args:
-        histories: by arm; the first one that has the role is shown first.
+        histories: by arm, each with more than one step.
         role: `weight`, `input` or `grad`.
     """
     with_role = {arm: h for arm, h in histories.items() if role in h.values}
-    first = next((arm for arm, h in histories.items() if h.values), None)
+    first = first_shown(histories)
     traces = [
         trace | {"visible": arm == first and metric == "sqnr_db", "meta": f"{arm}|{metric}"}
         for arm, found in with_role.items()
         for metric in METRICS
-        for trace in (_map(found, role, metric, _range(metric, histories)), _last(found, role, metric))
+        for trace in (_map(found, role, metric, _range(metric, found)), _last(found, role, metric))
     ]
     rows = max((len(h.layers) for h in with_role.values()), default=0)
     x_axis = {
@@ -216,16 +216,19 @@ def _last(found: ErrorHistory, role: str, metric: str) -> Figure:
     }
 
 
-def _range(metric: str, histories: dict[str, ErrorHistory]) -> tuple[float, float]:
-    known = [
-        value
-        for found in histories.values()
-        for metrics in found.values.values()
-        for row in metrics[metric]
-        for value in row
-        if value is not None
-    ]
-    return span_of(metric, known)
+def first_shown(histories: dict[str, ErrorHistory]) -> str | None:
+    """Return the arm whose maps are shown at first: the one with most roles.
+
+    Args:
+        histories: by arm.
+    """
+    return max(histories, key=lambda arm: len(histories[arm].values), default=None)
+
+
+def _range(metric: str, found: ErrorHistory) -> tuple[float, float]:
+    """One scale for all roles, so that their maps can be compared."""
+    rows = [row for metrics in found.values.values() for row in metrics[metric]]
+    return span_of(metric, [value for row in rows for value in row if value is not None])
 
 
 def span_of(metric: str, known: Sequence[float]) -> tuple[float, float]:

@@ -7,8 +7,8 @@ from importlib import resources
 from pathlib import Path
 
 from lowbits.study import _numbers
-from lowbits.study._figures import colors, figures, memory_legend, roles
-from lowbits.study._layer_errors import ROLE_TITLES
+from lowbits.study._figures import colors, error_histories, figures, memory_legend, roles
+from lowbits.study._layer_errors import ROLE_TITLES, first_shown
 from lowbits.study._methods import cell, shade
 from lowbits.study._records import writing
 from lowbits.study._summary import Summary, summarize
@@ -48,7 +48,8 @@ def render(summary: Summary) -> str:
         figures=drawn,
         method_figures=[name for name in drawn if name.startswith("method-")],
         colors=colors(summary.arms),
-        histories=[arm.name for arm in summary.arms if len(arm.error_history.steps) > 1 and arm.error_history.values],
+        histories=list(histories := error_histories(summary.arms)),
+        first_history=first_shown(histories),
         roles=[(role, ROLE_TITLES[role]) for role in roles(summary.arms)],
         memory_legend=memory_legend(summary.arms),
         verdicts=VERDICTS,
