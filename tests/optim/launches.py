@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 import lowbits.kernels.optimizer  # noqa: F401  the interpreter's kernels are used where they are loaded
 from lowbits import optim
-from lowbits.formats import DYNAMIC8, E4M3, INT8, UDYNAMIC8, UINT8_NO_ZERO
+from lowbits.formats import DYNAMIC4, DYNAMIC8, E4M3, INT8, UDYNAMIC8, UINT8_NO_ZERO, ULINEAR4
+from lowbits.nn import Grid, QParameter, StepInit, quantize_parameter
 from lowbits.optim import AdamW, Blockwise, CodecOptimizer, GlobalNorm, _compiled, _launched, _multi_tensor
 from lowbits.quantizers import Rounding
 
@@ -26,6 +27,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Whole tiles, a rest, a tensor that keeps float32 moments, rows of odd length. Smaller ones where interpreted.
 SHAPES = [(96, 64), (5000,), (100,), (257, 33), (64, 256)] if DEVICE == "cuda" else [(64, 64), (4100,), (100,)]
 Make = Callable[[list[nn.Parameter]], CodecOptimizer]
+Start = Callable[[Tensor], nn.Parameter]
 
 
 def gradient(p: Tensor, generator: torch.Generator) -> Tensor:
@@ -34,10 +36,20 @@ def gradient(p: Tensor, generator: torch.Generator) -> Tensor:
     return (torch.randn(p.shape, generator=generator) * spread).to(p.dtype).to(p.device)
 
 
-def differences(make: Make, dtype: torch.dtype, shapes: list[tuple[int, ...]], steps: int) -> Iterator[str]:
+def floats(dtype: torch.dtype) -> Start:
+    """Start from parameters of floats."""
+    return lambda x: nn.Parameter(x.to(dtype).to(DEVICE))
+
+
+def codes(grid: Grid, init: StepInit) -> Start:
+    """Start from parameters of codes."""
+    return lambda x: nn.Parameter(quantize_parameter(x.to(DEVICE), grid, init))
+
+
+def differences(make: Make, start: Start, shapes: list[tuple[int, ...]], steps: int) -> Iterator[str]:
     """Run launched and eager steps side by side and say where they differ."""
     generator = torch.Generator().manual_seed(1)
-    first = [nn.Parameter((torch.randn(s, generator=generator) * 0.1).to(dtype).to(DEVICE)) for s in shapes]
+    first = [start(torch.randn(s, generator=generator) * 0.1) for s in shapes]
     second = [nn.Parameter(p.detach().clone()) for p in first]
     launched, eager = make(first), make(second)
     for step in range(steps):
@@ -49,7 +61,8 @@ def differences(make: Make, dtype: torch.dtype, shapes: list[tuple[int, ...]], s
         with patch.object(_launched, "update_", lambda _, targets: targets):
             eager.step()
         for p, q, shape in zip(first, second, shapes, strict=True):
-            pairs = {"parameter": (p, q)} | {k: (v, eager.state[q][k]) for k, v in launched.state[p].items()}
+            pairs = {"parameter": tuple(x.codes if isinstance(x, QParameter) else x for x in (p, q))}
+            pairs |= {k: (v, eager.state[q][k]) for k, v in launched.state[p].items()}
             for name, (x, y) in pairs.items():
                 if not torch.equal(x, y):
                     yield f"step {step}, {shape}, {name}: {int((x != y).sum())} of {x.numel()}"
@@ -71,6 +84,7 @@ CASES: dict[str, Make] = {
     "blocks of 64": adamw(Blockwise(DYNAMIC8, 64), Blockwise(UDYNAMIC8, 64)),
     "blocks of 80": adamw(Blockwise(DYNAMIC8, 80), Blockwise(UDYNAMIC8, 80)),
     "blocks of 2048": adamw(Blockwise(DYNAMIC8, 2048), Blockwise(UDYNAMIC8, 2048)),
+    "4 bits, blocks of 80": adamw(Blockwise(DYNAMIC4, 80), Blockwise(ULINEAR4, 80)),
     "linear": adamw(Blockwise(INT8), Blockwise(UINT8_NO_ZERO)),
     "AdamW4bit": few_bits("AdamW4bit"),
     "Adam8bit": few_bits("Adam8bit", weight_decay=0.1),
@@ -86,6 +100,19 @@ ROUNDED: dict[str, Make] = {
     "stochastic": few_bits("AdamW8bit", rounding=Rounding.STOCHASTIC),
     "stochastic, blocks of 80": adamw(Blockwise(DYNAMIC8, 80), Blockwise(UDYNAMIC8, 80), rounding=Rounding.STOCHASTIC),
 }
+ON_GRIDS: dict[str, tuple[Make, Grid, StepInit]] = {
+    f"{name}, {grid}{', per channel' if init.per_channel else ''}": (make, grid, init)
+    for name, make, grid, init in (
+        ("AdamW8bit", few_bits("AdamW8bit", weight_decay=0.1), Grid.of(8), StepInit()),
+        ("AdamW8bit", few_bits("AdamW8bit"), Grid.of(1.58), StepInit(per_channel=True)),
+        ("AdamW4bit", few_bits("AdamW4bit"), Grid.of(4), StepInit()),
+        ("Lion8bit", few_bits("Lion8bit"), Grid.of(2), StepInit()),
+        ("SGD8bit", few_bits("SGD8bit", momentum=0.9), Grid.of(3), StepInit(per_channel=True)),
+        ("blocks of 80", adamw(Blockwise(DYNAMIC8, 80), Blockwise(UDYNAMIC8, 80)), Grid.of(1.58), StepInit()),
+        ("float32 moments", CASES["float32 moments"], Grid.of(8, rounding=Rounding.NEAREST), StepInit()),
+    )
+}
+"""Parameters of codes."""
 ON_CUDA: dict[str, Make] = {
     "offloaded": few_bits("AdamW8bit", offload=True),
     "bfloat16": few_bits("AdamW8bit"),
@@ -164,22 +191,24 @@ def in_backward() -> str | None:
 
 def main() -> None:
     steps = 3 if DEVICE == "cuda" else 2
-    plans = [(name, make, torch.float32, SHAPES, steps) for name, make in CASES.items()]
-    plans += [(name, make, torch.bfloat16, SHAPES, steps) for name, make in ROUNDED.items()]
+    single, half = floats(torch.float32), floats(torch.bfloat16)
+    plans = [(name, make, single, SHAPES, steps) for name, make in CASES.items()]
+    plans += [(name, make, half, SHAPES, steps) for name, make in ROUNDED.items()]
+    plans += [(name, make, codes(grid, init), SHAPES, steps) for name, (make, grid, init) in ON_GRIDS.items()]
     if DEVICE == "cuda":
-        plans += [(name, make, torch.bfloat16, SHAPES, 3) for name, make in ON_CUDA.items()]
+        plans += [(name, make, half, SHAPES, 3) for name, make in ON_CUDA.items()]
         plans += [
-            (f"{name}, 4M", CASES[name], torch.float32, [(4096, 1024)], 20)
+            (f"{name}, 4M", CASES[name], single, [(4096, 1024)], 20)
             for name in ("AdamW8bit", "AdEMAMix8bit", "AdamW4bit", "Lion8bit", "Adagrad8bit")
         ]
     wanted = sys.argv[1:]
     if DEVICE == "cpu":
         _multi_tensor._CHUNK = 1024  # the interpreter takes its time over empty ones
     failed = 0
-    for name, make, dtype, shapes, steps in plans:
+    for name, make, start, shapes, steps in plans:
         if wanted and name not in wanted:
             continue
-        found = next(differences(make, dtype, shapes, steps), None)
+        found = next(differences(make, start, shapes, steps), None)
         failed += found is not None
         print(f"{name}: {found or 'equal'}", flush=True)
     for case in (without_waiting, captured, in_backward) if DEVICE == "cuda" and not wanted else ():

@@ -10,6 +10,8 @@ What is to be done lies in tables on the device, a row for each parameter, so th
     points    float32 [256]       of a moment: what each code stands for in a block of scale 1
     steps     int32               of a moment coded by a code book, where codes end; points at the entry of y = 0
 
+A parameter may itself be codes, one, two or four a byte (GRID); see `optimizer_grid`.
+
 The eager definitions are `lowbits.optim`'s; codes, scales, moments and parameters are equal to theirs bit for bit.
 Needs triton; imported where it is used.
 """
@@ -19,6 +21,7 @@ Needs triton; imported where it is used.
 import triton
 import triton.language as tl
 
+from lowbits.kernels import optimizer_grid as grids
 from lowbits.kernels import optimizer_rules as rules
 
 # Columns of `rows`.
@@ -32,7 +35,9 @@ KEY = tl.constexpr(6)  # of the random bits of the write-back
 OFFSET = tl.constexpr(7)  # index of the first element in the whole (unsharded) parameter
 EXACT = tl.constexpr(8)  # 1: the moments are float32, not codes
 MOMENTS = tl.constexpr(9)  # addresses: codes, scale; codes, scale; codes, scale
-COLUMNS = tl.constexpr(15)
+UNIT = tl.constexpr(15)  # of a parameter of codes: address of its float32 step, or of its steps
+CHANNEL = tl.constexpr(16)  # elements for which one of them holds
+COLUMNS = tl.constexpr(17)
 
 # Columns of `scalars` behind the rule's own.
 TIME = tl.constexpr(14)
@@ -102,7 +107,7 @@ def _fetch(
     else:
         at = tl.multiple_of(address.to(tl.pointer_type(tl.uint8)), 8 if ALIGN == 16 else 1)
         if KIND == SIGNED4 or KIND == ULINEAR4:
-            stored = tl.load(at + base // 2 + half, half * 2 < left, 0x77)
+            stored = tl.load(at + base // 2 + half, _pairs(half, left, SIZE, BLOCK), 0x77)
         else:
             zero: tl.constexpr = 127 if KIND == SIGNED else 0
             stored = tl.load(at + base + inner, _inside(inner, left, SIZE, BLOCK), zero)
@@ -115,6 +120,15 @@ def _inside(inner, left, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     mask = inner < left
     if SIZE != BLOCK:
         mask = mask & ((tl.arange(0, BLOCK) < SIZE)[None, :])
+    return mask
+
+
+@triton.jit
+def _pairs(half, left, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Which bytes of 4-bit codes exist."""
+    mask = half * 2 < left
+    if SIZE != BLOCK:
+        mask = mask & ((tl.arange(0, BLOCK // 2) < SIZE // 2)[None, :])
     return mask
 
 
@@ -160,7 +174,7 @@ def _store(
         at = tl.multiple_of(address.to(tl.pointer_type(tl.uint8)), 8 if ALIGN == 16 else 1)
         if KIND == SIGNED4 or KIND == ULINEAR4:
             low, high = tl.split(tl.where(mask, code, 0).to(tl.uint8).reshape(NB, BLOCK // 2, 2))
-            tl.store(at + base // 2 + half, low | (high << 4), half * 2 < left)
+            tl.store(at + base // 2 + half, low | (high << 4), _pairs(half, left, SIZE, BLOCK))
         else:
             tl.store(at + base + inner, code, mask)
 
@@ -180,13 +194,20 @@ def _random16(key, start, t, SIZE: tl.constexpr, NB: tl.constexpr, BLOCK: tl.con
 def _tiles(
     row, h, start, points_a, points_b, points_c, steps_a, steps_b, steps_c, RULE: tl.constexpr, A: tl.constexpr,
     B: tl.constexpr, C: tl.constexpr, P_TYPE: tl.constexpr, G_TYPE: tl.constexpr, STOCHASTIC: tl.constexpr,
-    SIZE: tl.constexpr, BLOCK: tl.constexpr, NB: tl.constexpr, TILES: tl.constexpr, ALIGN: tl.constexpr
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, NB: tl.constexpr, TILES: tl.constexpr, ALIGN: tl.constexpr,
+    GRID: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, CHANNELS: tl.constexpr
 ):  # fmt: skip
     """Update TILES tiles of NB blocks of a parameter; what the next tile needs is read before this one is worked on."""
     factor = tl.load(h + APPLIED)
     happens = (factor == factor).to(tl.int64)
     numel = tl.multiple_of(tl.load(row + NUMEL), ALIGN) * happens
-    target = tl.multiple_of(tl.load(row + PARAMETER).to(tl.pointer_type(P_TYPE)), ALIGN)
+    target = tl.load(row + PARAMETER).to(tl.pointer_type(P_TYPE))
+    if GRID == 0:
+        target = tl.multiple_of(target, ALIGN)
+    else:
+        target = tl.multiple_of(target, 8 if ALIGN == 16 else 1)
+        unit = tl.load(row + UNIT).to(tl.pointer_type(tl.float32))
+        channel = tl.load(row + CHANNEL)
     source = tl.multiple_of(tl.load(row + GRADIENT).to(tl.pointer_type(G_TYPE)), ALIGN)
     codes_a, scales_a = tl.load(row + MOMENTS), tl.load(row + MOMENTS + 1)
     codes_b, scales_b = tl.load(row + MOMENTS + 2), tl.load(row + MOMENTS + 3)
@@ -195,9 +216,12 @@ def _tiles(
     inner = block[:, None] * SIZE + tl.arange(0, BLOCK)[None, :]
     half = block[:, None] * (SIZE // 2) + tl.arange(0, BLOCK // 2)[None, :]
     base, left = start * SIZE, numel - start * SIZE
-    p = tl.load(target + base + inner, _inside(inner, left, SIZE, BLOCK), 0.0)
+    if GRID == 0:
+        p = tl.load(target + base + inner, _inside(inner, left, SIZE, BLOCK), 0.0)
+    else:
+        p = grids.fetch(target, base, inner, _inside(inner, left, SIZE, BLOCK), left, SIZE, BLOCK, NB, GRID)
     g = tl.load(source + base + inner, _inside(inner, left, SIZE, BLOCK), 0.0)
-    a, b, c = p, p, p
+    a, b, c = g, g, g
     if A != NONE:
         a = _fetch(codes_a, base, inner, half, left, SIZE, BLOCK, A, ALIGN)
     if B != NONE:
@@ -211,7 +235,13 @@ def _tiles(
         first = start + tile * NB
         base, left = first * SIZE, numel - first * SIZE
         live = block * SIZE < left
-        p_now, g_now = p.to(tl.float32), g.to(tl.float32) * factor
+        if GRID == 0:
+            p_now = p.to(tl.float32)
+        else:
+            q_now = grids.decode(p, GRID)
+            d_now = grids.steps(unit, base + inner, channel, _inside(inner, left, SIZE, BLOCK), CHANNELS)
+            p_now = q_now.to(tl.float32) * d_now
+        g_now = g.to(tl.float32) * factor
         m_a, m_b, m_c = p_now, p_now, p_now
         if A != NONE:
             m_a = _decode(a, scale_a, points_a, A)
@@ -222,7 +252,10 @@ def _tiles(
         if TILES > 1:
             coming = first + NB
             after, rest = coming * SIZE, tl.where(tile + 1 < TILES, numel - coming * SIZE, 0)
-            p = tl.load(target + after + inner, _inside(inner, rest, SIZE, BLOCK), 0.0)
+            if GRID == 0:
+                p = tl.load(target + after + inner, _inside(inner, rest, SIZE, BLOCK), 0.0)
+            else:
+                p = grids.fetch(target, after, inner, _inside(inner, rest, SIZE, BLOCK), rest, SIZE, BLOCK, NB, GRID)
             g = tl.load(source + after + inner, _inside(inner, rest, SIZE, BLOCK), 0.0)
             if A != NONE:
                 a = _fetch(codes_a, after, inner, half, rest, SIZE, BLOCK, A, ALIGN)
@@ -234,12 +267,20 @@ def _tiles(
             scale_a, scale_b = _scale(scales_a, coming, follows, A, NB), _scale(scales_b, coming, follows, B, NB)
             scale_c = _scale(scales_c, coming, follows, C, NB)
         new, m_a, m_b, m_c = RULE(p_now, g_now, m_a, m_b, m_c, h)
-        if STOCHASTIC:
+        if GRID != 0:
+            draw = d_now
+            if STOCHASTIC:
+                first_draw = tl.load(row + OFFSET) + base
+                draw = grids.uniform(tl.load(row + KEY), first_draw, tl.load(h + TIME), SIZE, NB, BLOCK)
+            code = grids.moved(q_now, new - p_now, d_now, draw, STOCHASTIC, LOW, HIGH)
+            grids.store(code, target, base, inner, _inside(inner, left, SIZE, BLOCK), left, SIZE, BLOCK, NB, GRID)
+        elif STOCHASTIC:
             bits = new.to(tl.int32, bitcast=True)
             random = _random16(tl.load(row + KEY), tl.load(row + OFFSET) + base, tl.load(h + TIME), SIZE, NB, BLOCK)
             cut = ((bits + random) & -0x10000).to(tl.float32, bitcast=True)
             new = tl.where((bits & 0x7F800000) != 0x7F800000, cut, new)
-        tl.store(target + base + inner, new.to(P_TYPE), _inside(inner, left, SIZE, BLOCK))
+        if GRID == 0:
+            tl.store(target + base + inner, new.to(P_TYPE), _inside(inner, left, SIZE, BLOCK))
         if A != NONE:
             _store(m_a, codes_a, scales_a, base, first, inner, half, live, left, steps_a, SIZE, BLOCK, NB, A, ALIGN)
         if B != NONE:
@@ -253,12 +294,14 @@ def update(
     rows, scalars, chunks, points_a, points_b, points_c, steps_a, steps_b, steps_c, RULE: tl.constexpr,
     A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, MIXED: tl.constexpr, P_TYPE: tl.constexpr,
     G_TYPE: tl.constexpr, STOCHASTIC: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, NB: tl.constexpr,
-    TILES: tl.constexpr, ALIGN: tl.constexpr
+    TILES: tl.constexpr, ALIGN: tl.constexpr, GRID: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
+    CHANNELS: tl.constexpr
 ):  # fmt: skip
     """Update NB * TILES blocks of SIZE elements (BLOCK: the next power of two) of one parameter, in place.
 
     A, B, C say how the moments are coded; with MIXED, rows marked EXACT have float32 moments instead. ALIGN divides
-    every address and every number of elements.
+    every address and every number of elements. GRID: the parameter's codes in a byte, LOW to HIGH, with a step for
+    each of its rows under CHANNELS; 0: it is floats.
     """
     work = tl.load(chunks + tl.program_id(0))
     number, start = work >> 40, work & ((1 << 40) - 1)
@@ -272,12 +315,12 @@ def update(
         EC: tl.constexpr = NONE if C == NONE else FLOAT32
         _tiles(
             row, h, start, points_a, points_b, points_c, steps_a, steps_b, steps_c, RULE, EA, EB, EC, P_TYPE, G_TYPE,
-            STOCHASTIC, SIZE, BLOCK, NB, TILES, ALIGN
+            STOCHASTIC, SIZE, BLOCK, NB, TILES, ALIGN, GRID, LOW, HIGH, CHANNELS
         )  # fmt: skip
     else:
         _tiles(
             row, h, start, points_a, points_b, points_c, steps_a, steps_b, steps_c, RULE, A, B, C, P_TYPE, G_TYPE,
-            STOCHASTIC, SIZE, BLOCK, NB, TILES, ALIGN
+            STOCHASTIC, SIZE, BLOCK, NB, TILES, ALIGN, GRID, LOW, HIGH, CHANNELS
         )  # fmt: skip
 
 

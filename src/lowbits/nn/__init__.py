@@ -4,7 +4,7 @@
 from lowbits.kernels import Execution
 from lowbits.nn._convert import Choose, Conversion, convert_, high_precision, quantized_layers, set_phase_, set_step_
 from lowbits.nn._embedding import StableEmbedding, stable_embedding_
-from lowbits.nn._grid import Grid, Packing
+from lowbits.nn._grid import Grid, Packing, Scaling, moved, rounded
 from lowbits.nn._grid_linear import GridLinear, grid_linear_, store_parts_
 from lowbits.nn._keep import Keep
 from lowbits.nn._linear import QuantizedConv1D, QuantizedLayer, QuantizedLinear
@@ -30,6 +30,7 @@ __all__ = [
     "QuantizedLinear",
     "Recipe",
     "Save",
+    "Scaling",
     "StableEmbedding",
     "StepInit",
     "StepRule",
@@ -37,9 +38,11 @@ __all__ = [
     "convert_",
     "grid_linear_",
     "high_precision",
+    "moved",
     "phase_at",
     "quantize_parameter",
     "quantized_layers",
+    "rounded",
     "set_phase_",
     "set_step_",
     "stable_embedding_",

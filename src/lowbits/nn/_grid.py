@@ -31,6 +31,18 @@ class Packing(Enum):
     FIVE = 5
 
 
+class Scaling(Enum):
+    """What becomes of the step D in training.
+
+    - FIXED: it stays what it was at the start;
+    - RECOMPUTED: as published, D <- D max(q) / high before every update, all codes rounded anew; it can only shrink.
+      The published code takes the signed maximum too, but divides by it where it is 0 or negative; here D stays then.
+    """
+
+    FIXED = "fixed"
+    RECOMPUTED = "recomputed"
+
+
 _FORMATS = {8: INT8, 7: INT7, 6: INT6, 5: INT5, 4: INT4, 3: INT3, 2: INT2, 1.58: TERNARY}
 
 
@@ -42,6 +54,7 @@ class Grid:
         format: of the codes, signed integers of at most 8 bits; INT2 is -2 .. 1, TERNARY is -1 .. 1.
         packing: None takes the densest that keeps codes within bit fields: 1, 2 or 4 a byte.
         rounding: of an updated weight: STOCHASTIC, or NEAREST, under which steps below half a code are lost.
+        scaling: of the step.
     Raises:
         SpecError: the format does not fit, the packing does not hold it, or there is no such rounding of weights.
 
@@ -52,6 +65,7 @@ class Grid:
     format: IntFormat
     packing: Packing | None = None
     rounding: Rounding = Rounding.STOCHASTIC
+    scaling: Scaling = Scaling.FIXED
 
     def __post_init__(self) -> None:
         low, high = self.format.min, self.format.max

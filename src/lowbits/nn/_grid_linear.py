@@ -189,7 +189,7 @@ def grid_linear_(
     if not isinstance(weight, QParameter):
         module.weight = nn.Parameter(quantize_parameter(weight, grid, init, dtype))  # type: ignore[assignment, arg-type]
     # The class is exchanged rather than the module, so that hooks and references survive.
-    module.__class__ = GridLinear
+    module.__class__ = GridLinear  # type: ignore[assignment]
     assert isinstance(module, GridLinear)
     module.execution, module.gradient = execution, gradient
     store_parts_(module)

@@ -38,11 +38,13 @@ class QParameter(Tensor):
         codes: the bytes, int8 or uint8.
         step: D.
         grid: see above.
+        stream: name that keys the random bits of its updates; empty: its place in the optimizer does.
     """
 
     codes: Tensor
     step: Tensor
     grid: Grid
+    stream: str
 
     @staticmethod
     def __new__(  # noqa: PLR0913  the parts of one tensor
@@ -59,7 +61,7 @@ class QParameter(Tensor):
         made = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, shape, dtype=dtype, device=codes.device, requires_grad=requires_grad
         )
-        made.codes, made.step, made.grid = codes, step, grid
+        made.codes, made.step, made.grid, made.stream = codes, step, grid, ""
         return made
 
     def __init__(self, *parts: object, **named: object) -> None:
@@ -231,8 +233,12 @@ def _words(value: object) -> object:
     return tuple(value) if isinstance(value, torch.Size) else value
 
 
-def _with_codes(x: QParameter, codes: Tensor, length: int | None = None, step: Tensor | None = None) -> QParameter:
-    return QParameter(codes, x.step if step is None else step, x.grid, length or x.shape[-1], x.dtype)
+def _with_codes(
+    x: QParameter, codes: Tensor, step: Tensor | None = None, dtype: torch.dtype | None = None
+) -> QParameter:
+    made = QParameter(codes, x.step if step is None else step, x.grid, x.shape[-1], dtype or x.dtype)
+    made.stream = x.stream
+    return made
 
 
 def _alias(func: Any, args: Any, kwargs: Any) -> Any:
@@ -248,7 +254,7 @@ def _to_copy(func: Any, args: Any, kwargs: Any) -> Any:
     """Move the codes; another dtype is another claim, the step stays float32."""
     x, device = args[0], kwargs.get("device")
     codes, step = (t.to(device=device, copy=True) for t in (x.codes, x.step))
-    return QParameter(codes, step, x.grid, x.shape[-1], kwargs.get("dtype") or x.dtype)
+    return _with_codes(x, codes, step, kwargs.get("dtype"))
 
 
 @torch.no_grad()
@@ -277,7 +283,8 @@ def _like(func: Any, args: Any, kwargs: Any) -> Any:
 
 def _new(func: Any, args: Any, kwargs: Any) -> Any:
     """Codes of zero with the same step (`fully_shard` makes room for a shard); other ranks of shape are plain."""
-    x, size = args[0], tuple(args[1])
+    x: QParameter = args[0]
+    size: Any = tuple(args[1])
     if len(size) != x.ndim or size[1:] != tuple(x.shape[1:]):
         return func(torch.empty(0, dtype=x.dtype, device=x.device), *args[1:], **kwargs)
     device = kwargs.get("device") or x.device
@@ -286,7 +293,7 @@ def _new(func: Any, args: Any, kwargs: Any) -> Any:
     if x.per_channel:
         step = torch.ones(size[0], *x.step.shape[1:], device=device)
     zero = x.grid.pack(torch.zeros(5, dtype=torch.int8))[0]
-    return QParameter(zero.to(device).expand(stored).contiguous(), step, x.grid, size[-1], x.dtype)
+    return _with_codes(x, zero.to(device).expand(stored).contiguous(), step)
 
 
 def _rows(x: QParameter, codes: Tensor, start: int) -> QParameter:
@@ -305,7 +312,8 @@ def _split(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _slice(func: Any, args: Any, kwargs: Any) -> Any:
-    x, dim, start, end, stride = (*args, *(None, 0, None, None, 1)[len(args) :])
+    given: Any = (*args, *(None, 0, None, None, 1)[len(args) :])
+    x, dim, start, end, stride = given
     if start in (None, 0) and (end is None or end >= x.shape[dim]) and stride == 1:
         return return_and_correct_aliasing(func, args, kwargs, _with_codes(x, x.codes))
     _only_rows(func, x, dim)

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lowbits.optim._multi_tensor import Signature, Tables, signature_of, usable
+from lowbits.optim._multi_tensor import Tables
+from lowbits.optim._signature import Signature, signature_of, usable
 
 if TYPE_CHECKING:
     from lowbits.optim._optimizer import CodecOptimizer, Target

@@ -3,70 +3,41 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from operator import attrgetter, is_
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 from weakref import proxy
 
 import torch
 from torch import Tensor
 
-from lowbits.formats import DYNAMIC4, DYNAMIC8, E4M3, E4M3_NO_UNDERFLOW, INT8, UDYNAMIC8, UINT8_NO_ZERO, ULINEAR4
+from lowbits.nn import QParameter
 from lowbits.optim._blockwise import Blockwise
 from lowbits.optim._clipping import GlobalNorm
 from lowbits.optim._codec import FLOAT32, StateCodec
+from lowbits.optim._grid import name_of
 from lowbits.optim._sharding import add_up_gradient_, first_element, is_sharded
+from lowbits.optim._signature import (
+    TYPES,
+    Signature,
+    bytes_of,
+    grid_switches,
+    kernels,
+    kind_of,
+    local_part,
+)
 from lowbits.optim._steps import SHIFTS, steps_of
 from lowbits.quantizers import Noise, Rounding
 
 if TYPE_CHECKING:
     from lowbits.optim._optimizer import CodecOptimizer, Target
 
-_KINDS = {
-    DYNAMIC8: "SIGNED", UDYNAMIC8: "UNSIGNED", DYNAMIC4: "SIGNED4", ULINEAR4: "ULINEAR4", INT8: "INT8",
-    UINT8_NO_ZERO: "UINT8_NO_ZERO", E4M3: "E4M3", E4M3_NO_UNDERFLOW: "E4M3_NO_UNDERFLOW",
-}  # fmt: skip
-_FLOATS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-_EXACT_BLOCK = 256
 _CHUNK = 8192  # elements that one program of `update` works on, a tile after the other
 _PARTIALS = 1024  # programs, and partial sums, of the gradient norm
 _SPAN = 4096  # elements that one of them reads at a time
 _ROWS = 128  # that one program of `prepare` works on
-
-
-@cache
-def _kernels() -> ModuleType | None:
-    if importlib.util.find_spec("triton") is None:
-        return None
-    from lowbits.kernels import optimizer
-
-    return optimizer
-
-
-def usable(device: torch.device) -> bool:
-    """Whether the kernels run on a device: CUDA, or a CPU where Triton interprets them, which only tests ask for."""
-    if device.type == "cuda":
-        return _kernels() is not None
-    loaded = sys.modules.get("lowbits.kernels.optimizer")
-    return loaded is not None and bool(loaded.rules.INTERPRETED)
-
-
-@dataclass(frozen=True)
-class Signature:
-    """What parameters of one launch of `update` have in common."""
-
-    rule: str
-    codecs: tuple[StateCodec, ...]
-    size: int
-    parameter: torch.dtype
-    gradient: torch.dtype
-    aligned: bool
-    stochastic: bool
 
 
 @dataclass
@@ -77,49 +48,6 @@ class Bucket:
     rows: list[int] = field(default_factory=list)
     chunks: Tensor | None = None
     mixed: bool = False
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return getattr(tensor, "_local_tensor", tensor)
-
-
-def signature_of(optimizer: CodecOptimizer, target: Target) -> Signature | None:
-    """Return the launch that a parameter belongs to, or None where the kernels cannot update it."""
-    p, g = _local(target.parameter), _local(target.parameter.grad)  # type: ignore[arg-type]
-    found = _kernels() if usable(p.device) else None
-    rule = optimizer.rule_of(target.group)
-    whole_tensors = type(optimizer)._new is not _base()._new
-    if found is None or whole_tensors or not hasattr(found.rules, rule.name):
-        return None
-    # Small tensors keep float32 moments, but share the launch of the others of their group.
-    small = target.parameter.numel() < target.group["min_8bit_size"]
-    codecs = optimizer.codecs(target.parameter, target.group)
-    if small:
-        codecs = {moment: target.group[moment] for moment in codecs}
-    sizes = {codec.size for codec in codecs.values() if isinstance(codec, Blockwise)} or {_EXACT_BLOCK}
-    known = all(codec == FLOAT32 or _kind(codec) for codec in codecs.values())
-    fits = (
-        known and len(sizes) == 1 and {p.dtype, g.dtype} <= _FLOATS.keys()
-        and g.device == p.device and p.is_contiguous() and g.is_contiguous() and p.numel() > 0
-    )  # fmt: skip
-    if not fits:
-        return None
-    state = optimizer.state[target.parameter]
-    stored = [_local(t).data_ptr() for name, t in state.items() if "." in name]
-    aligned = p.numel() % 16 == 0 and all(a % 16 == 0 for a in (p.data_ptr(), g.data_ptr(), *stored))
-    stochastic = optimizer.rounding is Rounding.STOCHASTIC and p.dtype == torch.bfloat16
-    return Signature(rule.name, tuple(codecs.values()), sizes.pop(), p.dtype, g.dtype, aligned, stochastic)
-
-
-@cache
-def _base() -> type:
-    from lowbits.optim._optimizer import CodecOptimizer
-
-    return CodecOptimizer
-
-
-def _kind(codec: StateCodec) -> str | None:
-    return _KINDS.get(codec.format) if isinstance(codec, Blockwise) else None
 
 
 class Tables:
@@ -134,13 +62,14 @@ class Tables:
     def __init__(
         self, optimizer: CodecOptimizer, members: Sequence[tuple[Target, Signature]], counts: dict[Tensor, int]
     ) -> None:
-        k = _kernels()
+        k = kernels()
         assert k is not None
         # A proxy: the tables are kept as long as the optimizer lives, and must not keep it alive.
         self.k, self.optimizer, self.targets = k, proxy(optimizer), [target for target, _ in members]
         self.parameters = [target.parameter for target in self.targets]
-        self.locals = [_local(p) for p in self.parameters]
+        self.locals = [bytes_of(p) for p in self.parameters]
         self.sizes = [p.numel() for p in self.locals]
+        self.shapes = [local_part(p).shape for p in self.parameters]
         self.device = self.locals[0].device
         self.groups = list({id(target.group): target.group for target in self.targets}.values())
         numbers = {id(group): number for number, group in enumerate(self.groups)}
@@ -152,6 +81,8 @@ class Tables:
         self._seen: list[object] | None = None  # all states of the optimizer, once these were found among them
         self.rules = [optimizer.rule_of(group) for group in self.groups]
         self.sharded = any(is_sharded(p) for p in self.parameters)
+        self.grids = any(signature.grid is not None for _, signature in members)
+        self.steps_of_weights = self._steps_of_weights()
         self.buckets: dict[Signature, Bucket] = {}
         for row, (target, signature) in enumerate(members):
             bucket = self.buckets.setdefault(signature, Bucket(signature))
@@ -191,15 +122,19 @@ class Tables:
         for row, target in enumerate(self.targets):
             p, state, lr = target.parameter, self.optimizer.state[target.parameter], target.group["lr"]
             rate = lr if self._reads(lr) else self.rates[self.group_of[row]]
-            low, high = Noise.of(self.optimizer.seed, target.name, "weight").key
+            logical, step_of_weight = local_part(p), self.steps_of_weights[row]
+            low, high = Noise.of(self.optimizer.seed, name_of(logical, target.name), "weight").key
             stochastic = self.optimizer.rounding is Rounding.STOCHASTIC and p.dtype == torch.bfloat16
+            stochastic |= isinstance(logical, QParameter)
             known = {
-                k.NUMEL: self.locals[row].numel(), k.STEP: state["step"].data_ptr(), k.LR: rate.data_ptr(),
+                k.NUMEL: logical.numel(), k.STEP: state["step"].data_ptr(), k.LR: rate.data_ptr(),
                 k.FACTOR: self.factors[row].data_ptr(), k.KEY: _signed(int(low) | int(high) << 32),
                 k.OFFSET: first_element(p) if stochastic else 0, k.EXACT: int(self._exact(target)),
+                k.UNIT: 0 if step_of_weight is None else step_of_weight.data_ptr(),
+                k.CHANNEL: logical.numel() // max(1, logical.shape[0]) if logical.ndim else 1,
             }  # fmt: skip
             for index, moment in enumerate(self.optimizer.rule_of(target.group).moments):
-                parts = [_local(t).data_ptr() for name, t in state.items() if name.startswith(moment + ".")]
+                parts = [local_part(t).data_ptr() for name, t in state.items() if name.startswith(moment + ".")]
                 known |= {k.MOMENTS + 2 * index + i: address for i, address in enumerate(parts)}
             for column, value in known.items():
                 self.table[row, int(column)] = value
@@ -270,8 +205,11 @@ class Tables:
         gradients: list[Any] = list(map(attrgetter("grad"), self.parameters))
         stored: list[Any] = list(map(dict.get, self.states, self.marks))
         if self.sharded:  # a module that was moved has put other shards into its parameters
-            self.locals, gradients = list(map(_local, self.parameters)), list(map(_local, gradients))
-            stored = list(map(_local, stored))
+            gradients, stored = list(map(local_part, gradients)), list(map(local_part, stored))
+        if self.sharded or self.grids:  # or other codes
+            self.locals = list(map(bytes_of, self.parameters))
+            if self.grids and not all(map(is_, self._steps_of_weights(), self.steps_of_weights)):
+                return None
         # Which tensors, not where they lie: a step of many small tensors is as fast as these lines.
         if not all(map(is_, stored, self._sent.setdefault("states", stored))):
             return None
@@ -282,6 +220,9 @@ class Tables:
         if self.sizes != list(map(Tensor.numel, self.locals)):
             return None
         return places if places == self._sent.get("addresses") or self._fits(gradients, places) else None
+
+    def _steps_of_weights(self) -> list[Tensor | None]:
+        return [getattr(local_part(p), "step", None) if self.grids else None for p in self.parameters]
 
     def _reads(self, lr: float | Tensor) -> bool:
         """Whether the kernels read a learning rate where it lies; others are sent."""
@@ -313,7 +254,8 @@ class Tables:
         for signature, bucket in self.buckets.items():
             for row in bucket.rows:
                 g, p = gradients[row], self.locals[row]
-                alike = g.dtype == signature.gradient and p.dtype == signature.parameter and g.shape == p.shape
+                alike = g.dtype == signature.gradient and p.dtype == signature.parameter
+                alike &= g.shape == self.shapes[row]
                 if not alike or g.device != self.device or p.device != self.device:
                     return False
                 if not g.is_contiguous() or not p.is_contiguous():
@@ -369,7 +311,7 @@ class Tables:
 
     def _update(self, bucket: Bucket) -> None:
         k, s = self.k, bucket.signature
-        kinds = [getattr(k, _kind(codec) or "FLOAT32") for codec in s.codecs] + [k.NONE] * (3 - len(s.codecs))
+        kinds = [getattr(k, kind_of(codec) or "FLOAT32") for codec in s.codecs] + [k.NONE] * (3 - len(s.codecs))
         unread = 3 - len(s.codecs)
         points = [self.points.get(codec, self.scalars) for codec in s.codecs] + [self.scalars] * unread
         tables = [self.steps.get(codec, self.zero) for codec in s.codecs] + [self.zero] * unread
@@ -380,10 +322,11 @@ class Tables:
             A=kinds[0], B=kinds[1], C=kinds[2], MIXED=bucket.mixed, P_TYPE=self._type(s.parameter),
             G_TYPE=self._type(s.gradient), STOCHASTIC=s.stochastic, SIZE=s.size, BLOCK=_power_of_two(s.size),
             NB=blocks, TILES=_tiles(s), ALIGN=16 if s.aligned else 1, num_warps=warps, enable_fp_fusion=False,
+            **grid_switches(s),
         )  # fmt: skip
 
     def _type(self, dtype: torch.dtype) -> Any:
-        return getattr(self.k.tl, _FLOATS[dtype])
+        return getattr(self.k.tl, TYPES[dtype])
 
 
 @cache
@@ -405,8 +348,8 @@ def _tile(s: Signature) -> tuple[int, int]:
     Two moments in 8-bit codes beside a 16-bit parameter leave so little to move that arithmetic counts: one warp and
     eight elements a thread then.
     """
-    coded = [_kind(codec) for codec in s.codecs if isinstance(codec, Blockwise)]
-    lean = s.parameter.itemsize == 2 and len(coded) == 2 and set(coded) <= {"SIGNED", "UNSIGNED"}
+    coded = [kind_of(codec) for codec in s.codecs if isinstance(codec, Blockwise)]
+    lean = s.parameter.itemsize <= 2 and len(coded) == 2 and set(coded) <= {"SIGNED", "UNSIGNED"}
     elements, warps = (256, 1) if lean else (512, 2)
     block = _power_of_two(s.size)
     return max(1, elements // block), max(warps, block // 512)

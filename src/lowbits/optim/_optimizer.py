@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from lowbits.errors import SpecError
+from lowbits.nn import QParameter
 from lowbits.optim import _compiled, _launched
 from lowbits.optim._checkpoint import by_parameter, check_layouts, check_same_groups, check_state, restored_rate
 from lowbits.optim._checks import check_betas as check_betas
@@ -19,6 +20,7 @@ from lowbits.optim._checks import check_gradient, check_group, check_options, ch
 from lowbits.optim._checks import check_not_negative as check_not_negative
 from lowbits.optim._clipping import HISTORY, Clip, Percentile, gradient_factors, new_history
 from lowbits.optim._codec import FLOAT32, StateCodec
+from lowbits.optim._grid import as_float32, name_of, write_codes_
 from lowbits.optim._interchange import translated
 from lowbits.optim._rule import Rule, Scalars, power
 from lowbits.optim._sharding import (
@@ -221,7 +223,7 @@ class CodecOptimizer(torch.optim.Optimizer):
         parts = {moment: parts_of(state, moment) for moment in codecs}
         stored = {moment: {name: t.to(p.device) for name, t in found.items()} for moment, found in parts.items()}
         moments = tuple(codec.decode(stored[moment], p.shape) for moment, codec in codecs.items())
-        new, moments = self._new(target, p.float(), g, moments, self._scalars(group, state["step"]))
+        new, moments = self._new(target, as_float32(p), g, moments, self._scalars(group, state["step"]))
         step = state["step"].to(torch.int64)
         self._write_(target, new, step)
         for (moment, codec), value in zip(codecs.items(), moments, strict=True):
@@ -247,8 +249,11 @@ class CodecOptimizer(torch.optim.Optimizer):
         return {k: torch.tensor(v, dtype=torch.float32, device=step.device) for k, v in constants.items()}
 
     def _write_(self, target: Target, new: Tensor, step: Tensor) -> None:
-        """Round a float32 parameter, or this rank's shard of it, to its own dtype."""
+        """Round a float32 parameter, or this rank's shard of it, to its own dtype or onto its grid."""
         p = local(target.parameter)
+        if isinstance(p, QParameter):
+            write_codes_(target.parameter, new, Noise.of(self.seed, name_of(p, target.name), "weight"), step)
+            return
         if self.rounding is Rounding.STOCHASTIC and p.dtype == torch.bfloat16:
             # A float32 lies between two bfloat16 in proportion to its lower 16 bits.
             noise, first = Noise.of(self.seed, target.name, "weight"), first_element(target.parameter)
