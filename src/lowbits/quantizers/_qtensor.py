@@ -113,8 +113,8 @@ class QuantSpec:
                 return (noise.bits8(shape, step, device=device).float() + 0.5) * 2.0**-8
             case Rounding.STOCHASTIC_8BIT_FLOOR:
                 # A grid's neighbour is taken where noise < fraction, published code where k / 256 >= 1 - fraction: so
-                # noise is just below (k + 1) / 256.
-                return (noise.bits8(shape, step, device=device).float() + (1 - 2.0**-14)) * 2.0**-8
+                # noise is the float32 below (k + 1) / 256.
+                return (noise.bits8(shape, step, device=device).float() + 1) * 2.0**-8 * (1 - 2.0**-24)
 
 
 @dataclass(frozen=True)
