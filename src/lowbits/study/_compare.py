@@ -128,7 +128,8 @@ def _folder(out: Path, arm: Plan, seed: int) -> Path:
 def _open(job: Job) -> Record:
     """Read what a run's folder holds and refuse a run of another configuration."""
     there = read_json(job.out / CONFIG)
-    if there and (other := _differences(there, json.loads(json.dumps(job.run.resolved())))):
+    known = json.loads(json.dumps(Run().resolved())) | there  # an option that is newer than the run was at its default
+    if there and (other := _differences(known, json.loads(json.dumps(job.run.resolved())))):
         raise RunError(
             f"{job.out} holds a run with another configuration: {'; '.join(other)}. Choose another --out, or give the "
             "options of then; nothing was changed."

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbits.analysis import TensorErrors, error_sums
-from lowbits.nn import Recipe, quantized_layers
+from lowbits.nn import QuantizedLayer, quantized_layers
 from lowbits.quantizers import PerTensor, PerTile, QTensor, QuantSpec, Rounding
 from lowbits.train._guard import Event
 
@@ -56,7 +56,7 @@ class Sample:
         """Watch the forward passes within the block, and what backward does for them later, not what it recomputes."""
         layers = quantized_layers(self._model)
         for name, layer in layers.items():
-            layer.observer = partial(self._take, name, layer.active)
+            layer.observer = partial(self._take, name, layer)
         try:
             yield
         finally:
@@ -79,10 +79,11 @@ class Sample:
             for name, buffer in self._model.named_buffers():
                 buffer.copy_(buffers[name])
 
-    def _take(self, layer: str, recipe: Recipe, operand: str, x: Tensor, q: QTensor) -> None:
+    def _take(self, name: str, layer: QuantizedLayer, operand: str, x: Tensor, q: QTensor) -> None:
+        recipe = layer.active  # of this very step: a phase may have begun with it
         if operand == "dgrad.rhs" and _same_both_ways(recipe.fprop.rhs, recipe.dgrad.rhs):
             return
-        self._operands.append(Operand(layer, operand))
+        self._operands.append(Operand(name, operand))
         self._sums.append(error_sums(x.detach(), q))
 
     def transfer(self) -> list[tuple[Operand, list[float]]]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbits.errors import CheckpointError
+from lowbits.train._run import Run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -109,10 +110,12 @@ def load_state_(
 def check_same_run(where: Path, theirs: Mapping[str, object], ours: Mapping[str, object]) -> None:
     """Refuse to continue one run with the options of another; when to save and what to watch may change.
 
+    An option that the version of then did not have yet had the value that is its default now.
+
     Raises:
         CheckpointError: names the first option that differs, and both values.
     """
-    theirs, ours = _flat(theirs), _flat(ours)
+    theirs, ours = _flat(Run().resolved()) | _flat(theirs), _flat(ours)
     for name in sorted(theirs.keys() | ours.keys()):
         if not name.startswith(("saving.", "watching.")) and theirs.get(name) != ours.get(name):
             raise CheckpointError(
