@@ -39,7 +39,8 @@ def param_groups(model: nn.Module, weight_decay: float, choose: Choose | None = 
     >>> [{k: v for k, v in group.items() if k != "params"} for group in groups]
     [{'weight_decay': 0.1}, {'weight_decay': 0.0, 'lr': 0.0001}]
     """
-    codecs = {id(layer.weight): _codecs(layer) for layer in quantized_layers(model).values()}
+    # The parameter itself: a method may let the layer see its weight through a function (`layer.weight` is the result).
+    codecs = {id(layer._parameters["weight"]): _codecs(layer) for layer in quantized_layers(model).values()}
     chosen = _choices(model, choose) if choose else {}
     groups: dict[str, dict[str, Any]] = {}
     for parameter in model.parameters():  # tied parameters come once

@@ -1,0 +1,290 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Differentiable quantization: train where the levels lie. Polino et al. 2018, arXiv:1802.05668, sec. 4.
+
+    forward   Q(v) = low + p[i(v)] (high - low),   i(v) = the point nearest to sc(v)
+    backward  dL/dp_j = sum over v with i(v) = j of dL/dQ(v) (high - low)
+    step      p <- SGD(p);   the weights stay as they are
+
+One table of points a tensor, shared by its buckets. Points are stored in the order in which they began and sorted when
+they are used, so that every point keeps its own momentum, in any optimizer, when two change places.
+
+Legend: B buckets, S elements a bucket, L points.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowbits.errors import ConversionError, SpecError
+from lowbits.export import Buckets, PointTensor, between, bucketed, even_points, flattened, gradient_bucketed
+from lowbits.methods._levels import PUBLISHED_BUCKETS, Levels, ranges, scaled, working
+from lowbits.methods._quantized_weights import Choose
+from lowbits.methods._weight_views import Place, View, install_, is_conv1d, viewed
+from lowbits.quantizers import Rounding
+
+
+class Start(Enum):
+    """Where points begin."""
+
+    QUANTILE = "quantile"
+    """At the quantiles j / (L - 1) of the scaled weights, so at 0 and 1 too."""
+    EVEN = "even"
+    """In equal steps: at first the very function of quantized distillation."""
+
+
+def nearest_points(positions: Tensor, points: Tensor) -> Tensor:
+    """Return the index of the nearest point for each position.
+
+    A tie goes to the lower point, and among equal points to the first. Distances are compared as they round.
+
+    Args:
+        positions: floating point, any shape.
+        points: floating point, [L], ascending.
+    Returns:
+        int64, of the shape of positions.
+    """
+    above = torch.searchsorted(points, positions).clamp_max(points.numel() - 1)
+    below = (above - 1).clamp_min(0)
+    lower = (positions - points[below]).abs() <= (points[above] - positions).abs()
+    first = torch.searchsorted(points, points)
+    return first[torch.where(lower, below, above)]
+
+
+def quantile_points(w: Tensor, count: int, buckets: Buckets = PUBLISHED_BUCKETS) -> Tensor:
+    """Return the quantiles j / (count - 1) of the scaled weights, ascending, [count].
+
+    Args:
+        w: floating point, any shape.
+        count: of points, at least 2.
+        buckets: which elements share a range.
+    """
+    view = bucketed(working(w.detach()), buckets)
+    flat = flattened(scaled(view, *ranges(view)), w.shape, buckets).reshape(-1)
+    ordered = flat.sort().values  # not torch.quantile: it refuses more than 2^24 elements
+    where = torch.linspace(0, 1, count, dtype=torch.float64, device=w.device) * (flat.numel() - 1)
+    below = where.floor().long().clamp_max(max(flat.numel() - 2, 0))
+    above = (below + 1).clamp_max(flat.numel() - 1)
+    return torch.lerp(ordered[below], ordered[above], (where - below).to(ordered.dtype))
+
+
+class PointView(View):
+    """A weight seen through learned points.
+
+    Args:
+        points: where they begin, [L], in any order.
+        buckets: which elements share a range.
+        transposed: whether the weight is [in, out], so that its rows are columns.
+    """
+
+    def __init__(self, points: Tensor, buckets: Buckets, transposed: bool = False) -> None:
+        super().__init__()
+        self.points = nn.Parameter(points)
+        self.buckets, self.transposed = buckets, transposed
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return Q(v); differentiable in the points, and in the weight straight through if it is trained.
+
+        Args:
+            weight: the parameter.
+        """
+        w = weight.t() if self.transposed else weight
+        q = _LookedUp.apply(w, self.points.sort(stable=True).values, self.buckets)
+        return q.t() if self.transposed else q
+
+    def coded(self, weight: Tensor) -> PointTensor:
+        """Return the weight as codes of its points."""
+        w = weight.detach().t() if self.transposed else weight.detach()
+        points = self.points.detach().sort(stable=True).values
+        view = bucketed(working(w), self.buckets)
+        low, high = ranges(view)
+        codes = nearest_points(scaled(view, low, high), points)
+        small = codes.to(torch.uint8 if points.numel() <= 256 else torch.int32)
+        flat = flattened(small, w.shape, self.buckets)
+        found = PointTensor(flat, points, low[:, 0], high[:, 0], self.buckets, w.dtype, learned=True)
+        return found.t() if self.transposed else found
+
+    def extra_repr(self) -> str:
+        """Show how many points there are."""
+        return f"{self.points.numel()} points, {self.buckets}"
+
+
+class _LookedUp(torch.autograd.Function):
+    """Q(v) from sorted points, and the gradients of both."""
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, points: Tensor, buckets: Buckets) -> Tensor:  # type: ignore[override]
+        view = bucketed(working(w), buckets)
+        low, high = ranges(view)
+        codes = nearest_points(scaled(view, low, high), points)
+        kept = codes.to(torch.uint8) if points.numel() <= 256 else codes
+        ctx.save_for_backward(kept, high - low, points)
+        ctx.buckets = buckets
+        return flattened(between(points[codes], low, high), w.shape, buckets).to(w.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
+        codes, extent, points = ctx.saved_tensors
+        found = None
+        if ctx.needs_input_grad[1]:
+            each = gradient_bucketed(g, ctx.buckets).double() * extent  # a point gathers thousands of terms
+            total = torch.zeros(points.numel(), dtype=torch.float64, device=g.device)
+            found = total.index_add_(0, codes.reshape(-1).long(), each.reshape(-1)).to(points.dtype)
+        return (g if ctx.needs_input_grad[0] else None), found, None
+
+
+def learn_points_(
+    model: nn.Module,
+    levels: Levels | Choose,
+    *,
+    start: Start = Start.QUANTILE,
+    counts: Mapping[str, int] | None = None,
+) -> list[str]:
+    """Let the layers of a trained model run on learned points, in place; the weights themselves are frozen.
+
+    A model of `quantize_weights_` may be passed: its master weights stay, and `Start.EVEN` begins where it is.
+
+    Args:
+        model: trained; norms and biases stay as they are.
+        levels: how many points and which buckets, for all weights or a callable, as in `quantize_weights_`.
+        start: where points begin.
+        counts: another number of points by name, for example from `redistribute`.
+    Returns:
+        The names of the weights.
+    Raises:
+        ConversionError: no weight was chosen, or `counts` names another.
+        SpecError: stochastic rounding, which points do not have.
+    """
+    names = install_(model, partial(_view, levels=levels, start=start, counts=counts or {}))
+    if strange := set(counts or {}) - set(names):
+        raise ConversionError(
+            f"counts: {sorted(strange)[0]} is no weight with points; there are {', '.join(names[:8])}."
+        )
+    for place, _ in viewed(model):
+        place.parameter.requires_grad_(False)
+    return names
+
+
+def _view(place: Place, *, levels: Levels | Choose, start: Start, counts: Mapping[str, int]) -> PointView | None:
+    own = levels if isinstance(levels, Levels) else levels(place.name, place.module, place.parameter)
+    if own is None:
+        return None
+    if own.rounding is Rounding.STOCHASTIC:
+        raise SpecError(f"{place.name}: learned points take the nearest one; use Rounding.NEAREST.")
+    count = counts.get(place.name, own.count)
+    transposed = is_conv1d(place.module)
+    w = place.parameter.detach()
+    w = working(w.t() if transposed else w)
+    even = even_points(count, w.dtype, w.device)
+    return PointView(even if start is Start.EVEN else quantile_points(w, count, own.buckets), own.buckets, transposed)
+
+
+def point_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the trained points by the name of their weight.
+
+    Args:
+        model: after `learn_points_`.
+    """
+    return {place.name: view.points for place, view in viewed(model) if isinstance(view, PointView)}
+
+
+def gradient_norms(
+    model: nn.Module, loss: Callable[[nn.Module, Any], Tensor], batches: Iterable[Any]
+) -> dict[str, float]:
+    """Return the norm of each quantized weight's gradient, averaged over batches before the norm is taken.
+
+    The published code averages 5 batches for images and 1 for translation.
+
+    Args:
+        model: after `learn_points_`; its own gradients are left as they are.
+        loss: `(model, batch) -> scalar`.
+        batches: a few.
+    Returns:
+        ||mean gradient of Q(w)||_2 by name.
+    """
+    places = [place for place, _ in viewed(model)]
+    frozen = [place.parameter.requires_grad for place in places]
+    for place in places:
+        place.parameter.requires_grad_(True)  # the gradient passes the points straight through
+    total = [torch.zeros_like(place.parameter) for place in places]
+    number = 0
+    try:
+        for batch in batches:
+            found = torch.autograd.grad(loss(model, batch), [p.parameter for p in places], materialize_grads=True)
+            for sum_, gradient in zip(total, found, strict=True):
+                sum_ += gradient
+            number += 1
+    finally:
+        for place, before in zip(places, frozen, strict=True):
+            place.parameter.requires_grad_(before)
+    return {place.name: (sum_.norm() / max(number, 1)).item() for place, sum_ in zip(places, total, strict=True)}
+
+
+def redistribute(counts: Mapping[str, int], norms: Mapping[str, float]) -> dict[str, int]:
+    """Give weights with large gradients more points.
+
+    Each keeps floor(n / 2), and what becomes free is shared in proportion to the norms, by largest remainder; a tie
+    goes to the name that sorts first, so the order of the weights does not matter.
+
+    Args:
+        counts: points of each weight.
+        norms: see `gradient_norms`; the same names.
+    Returns:
+        New counts with the same sum.
+    Raises:
+        SpecError: other names, or norms that are negative or not finite.
+
+    >>> redistribute(dict.fromkeys("abcd", 16), {"a": 1.0, "b": 1.0, "c": 1.0, "d": 5.0})
+    {'a': 12, 'b': 12, 'c': 12, 'd': 28}
+    """
+    if set(counts) != set(norms):
+        raise SpecError(f"redistribute: names differ: {sorted(set(counts) ^ set(norms))[:4]}.")
+    if bad := [name for name, norm in norms.items() if not (math.isfinite(norm) and norm >= 0)]:
+        raise SpecError(f"redistribute: the gradient of {bad[0]} has the norm {norms[bad[0]]}; it must be finite.")
+    kept = {name: count // 2 for name, count in counts.items()}
+    free, whole = sum(counts.values()) - sum(kept.values()), math.fsum(norms.values())
+    shares = {name: free * (norm / whole if whole else 1 / len(norms)) for name, norm in norms.items()}
+    given = {name: math.floor(share) for name, share in shares.items()}
+    order = sorted(shares, key=lambda name: (given[name] - shares[name], name))
+    for name in order[: free - sum(given.values())]:
+        given[name] += 1
+    return {name: kept[name] + given[name] for name in counts}
+
+
+@dataclass(frozen=True)
+class Bits:
+    """What a distribution of points costs, in packed bits.
+
+    Args:
+        nominal: log2 of the mean number of points.
+        packed: mean of ceil(log2 L) over all weights.
+        fractional: mean of log2 L over all weights.
+    """
+
+    nominal: float
+    packed: float
+    fractional: float
+
+
+def resulting_bits(model: nn.Module) -> Bits:
+    """Return the bits a weight that the points really take, weighted by the tensors' sizes.
+
+    Args:
+        model: after `learn_points_`.
+    """
+    found = [
+        (place.parameter.numel(), view.points.numel()) for place, view in viewed(model) if isinstance(view, PointView)
+    ]
+    weights = sum(n for n, _ in found)
+    return Bits(
+        math.log2(sum(points for _, points in found) / len(found)),
+        sum(n * max(1, (points - 1).bit_length()) for n, points in found) / weights,
+        sum(n * math.log2(points) for n, points in found) / weights,
+    )
