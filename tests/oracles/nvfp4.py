@@ -176,11 +176,15 @@ def rotate_as_te(x: np.ndarray) -> np.ndarray:
 
 
 def blockwise_product(a: Encoded, b: Encoded) -> np.ndarray:
-    """a b^T as an FP4 tensor core defines it: exact sums of a block, scales, and a float64 sum over the blocks."""
-    columns = a.block[1]
+    """a b^T as tensor cores with block scales define it: sums within a block, its scales, and sums over the blocks.
+
+    float64; the sums within a block are exact, a block being 16 or 32 numbers of few bits.
+    """
+    scale_a, scale_b = a.of_elements().astype(np.float64), b.of_elements().astype(np.float64)
+    size = a.block[1]
     total = np.zeros((len(a.values), len(b.values)))
-    for c in range(0, a.values.shape[1], columns):
-        part = slice(c, c + columns)
-        sums = a.values[:, part] @ b.values[:, part].T
-        total += sums * a.of_elements()[:, c, None].astype(np.float64) * b.of_elements()[None, :, c]
+    for start in range(0, a.values.shape[1], size):
+        part = slice(start, start + size)
+        sums = a.values[:, part].astype(np.float64) @ b.values[:, part].astype(np.float64).T
+        total += sums * np.outer(scale_a[:, start], scale_b[:, start])
     return total * float(a.outer) * float(b.outer)
