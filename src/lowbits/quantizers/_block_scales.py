@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lowbits.formats import E4M3, E8M0, Format
-from lowbits.quantizers._scale import MANTISSA, Scales, divided, quotient
+from lowbits.quantizers._scale import MANTISSA, Scales, quotient
 
 _LARGEST = torch.finfo(torch.float32).max
 

@@ -165,8 +165,3 @@ def _guard(extent: Tensor, divisor: float, fmt: Format) -> Tensor:
     empty = 1.0 if fmt.has_zero else SMALLEST_NORMAL
     scale = torch.where(extent == 0, empty, quotient(extent, divisor).clamp_min(SMALLEST_NORMAL))
     return torch.where(extent.isfinite(), scale, torch.nan)
-
-
-def divided(x: Tensor, divisor: float) -> Tensor:
-    """Return x / divisor, correctly rounded: by a plain number, CUDA would multiply with its rounded reciprocal."""
-    return x / torch.full((), divisor, dtype=x.dtype, device=x.device)
