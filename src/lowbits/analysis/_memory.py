@@ -125,15 +125,17 @@ class _Storage:
 def _saved_bytes(model: nn.Module, loss: Callable[[nn.Module, Batch], Tensor], batch: Batch) -> tuple[int, int]:
     """Return the bytes saved for backward, as they are and in few bits."""
     layers = quantized_layers(model)
-    known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    own = (*model.parameters(), *model.buffers())
+    known = {part.untyped_storage().data_ptr() for t in own for part in held(t)}
     storages: dict[int, _Storage] = {}
     running: list[str] = []
 
     def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept = storages.setdefault(storage.data_ptr(), _Storage(storage.nbytes()))
-            kept.savers[running[-1] if running else ""] = tuple(tensor.shape)
+        for part in held(tensor):
+            storage = part.untyped_storage()
+            if storage.data_ptr() not in known:
+                kept = storages.setdefault(storage.data_ptr(), _Storage(storage.nbytes()))
+                kept.savers[running[-1] if running else ""] = tuple(tensor.shape)
         return tensor
 
     with _tracking(layers, running), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -191,6 +193,19 @@ def _unique_bytes(tensors: Iterable[Tensor]) -> int:
     """Sum the storages, each once; tensors without data have no address and are told apart as objects."""
     storages = {}
     for tensor in tensors:
-        storage = tensor.untyped_storage()
-        storages[storage._cdata] = storage.nbytes()
+        for part in held(tensor):
+            storage = part.untyped_storage()
+            storages[storage._cdata] = storage.nbytes()
     return sum(storages.values())
+
+
+def held(tensor: Tensor) -> list[Tensor]:
+    """Return the tensors whose storages hold a tensor: those within, of a subclass that only wraps others.
+
+    Args:
+        tensor: any.
+    """
+    inner = getattr(tensor, "__tensor_flatten__", None)
+    if inner is None:
+        return [tensor]
+    return [part for name in inner()[0] for part in held(getattr(tensor, name))]
