@@ -23,6 +23,7 @@ __all__ = ["Compare", "main", "report_to"]
 _EXAMPLES = """  lowbits compare bf16 null w8a8 w4_tensor --seeds 3 --out runs/study
   lowbits compare bf16 w8a8 w8a8g8 --model llama-15m --data runs/data/mine --steps 2000 --out runs/llama
   lowbits compare bf16 bf16+gaussws bf16+diffq,b_init=5 --out runs/methods      (arms with a method)
+  lowbits compare bf16 nvfp4 nvfp4+80%:forward=off nvfp4+keep.last=0.15 --out runs/nvfp4      (each its own phases)
   lowbits compare bf16 w8a8 g8_token --seeds 3 --out runs/study     (finished runs stay, the new recipe is added)
   lowbits compare experiments/mine.py bf16 w8a8 --out runs/mine     (a file with `def run() -> Run`)"""
 # A comparison looks at its curves more often than a single run does.
@@ -36,8 +37,10 @@ class Compare:
 
     The first recipe is the baseline. The word `null` trains the baseline again under other seeds: what that differs by
     is chance. RECIPE+METHOD is an arm with a method, RECIPE+METHOD,FIELD=VALUE,... one with other values of its
-    fields; --method is what all other arms have in common. The same words after an interruption go on; finished runs
-    are not run again. Recipes are given as words, the number of seeds by --seeds; --seed is the first of them.
+    fields; --method is what all other arms have in common. RECIPE+keep.last=0.15 keeps layers of that arm in high
+    precision, RECIPE+82%:forward=off gives it a phase; --keep.last and --phases are for all arms. The same words after
+    an interruption go on; finished runs are not run again. Recipes are given as words, the number of seeds by --seeds;
+    --seed is the first of them.
 
     Args:
         recipes: the baseline, then what to compare with it; `lowbits recipes` lists the names.

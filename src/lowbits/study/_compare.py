@@ -22,6 +22,7 @@ from typing import NoReturn
 from lowbits.errors import RunError
 from lowbits.methods import named
 from lowbits.study._arms import Plan
+from lowbits.study._changes import changed
 from lowbits.study._plan import plan
 from lowbits.study._process import Trainer, context, settle, start, stop
 from lowbits.study._progress import Board
@@ -116,13 +117,14 @@ def _jobs_of(plans: Sequence[Plan], base: Run, out: Path) -> list[Job]:
     jobs = []
     for p in plans:
         run = replace(base, recipe=p.recipe, method=named(p.method) if p.method else base.method, data=data)
+        run = changed(run, p.changes)
         for index, seed in enumerate(p.seeds):
             jobs.append((index, Job(f"{p.name} seed {seed}", replace(run, seed=seed), _folder(out, p, seed))))
     return [job for _, job in sorted(jobs, key=lambda pair: pair[0])]
 
 
 def _folder(out: Path, arm: Plan, seed: int) -> Path:
-    return out / arm.name / f"seed-{seed}"
+    return out / arm.folder / f"seed-{seed}"
 
 
 def _open(job: Job) -> Record:

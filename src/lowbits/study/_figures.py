@@ -13,6 +13,7 @@ from lowbits.study._arms import BASELINE, NULL, Arm
 from lowbits.study._curves import Curve
 from lowbits.study._layer_errors import METRICS, ROLE_TITLES, SCALE, ErrorHistory, history_map, short_names, span_of
 from lowbits.study._numbers import nats, size
+from lowbits.study._phases import height
 from lowbits.study._statistics import Noise
 from lowbits.study._summary import Summary
 
@@ -114,6 +115,7 @@ def curve_chart(arms: Sequence[Arm], curve_of: CurveOf, title: str, y_range: tup
         curve = curve_of(arm)
         if curve.step:
             traces += _band(arm, curve, palette[arm.name]), _line(arm, curve, palette[arm.name])
+            traces += [_phases(arm, curve, palette[arm.name])] if arm.phases else []
     y_axis: Figure = {"title": {"text": title, "font": {"size": 12, "color": MUTED}}}
     if y_range:
         y_axis["range"] = y_range
@@ -141,6 +143,20 @@ def _line(arm: Arm, curve: Curve, color: str) -> Figure:
         "y": curve.mean,
         "line": {"color": color, "width": 2.4 if arm.role == BASELINE else 1.8, "dash": dash},
         "hovertemplate": f"<b>{arm.name}</b><br>%{{y:.4f}} nats at %{{x:,}} tokens<extra></extra>",
+    }
+
+
+def _phases(arm: Arm, curve: Curve, color: str) -> Figure:
+    """A mark where each phase begins."""
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "meta": arm.name,
+        "x": [mark.tokens for mark in arm.phases],
+        "y": [height(curve, mark.tokens) for mark in arm.phases],
+        "text": [f"after step {mark.step}: {mark.words}" for mark in arm.phases],
+        "marker": {"color": color, "size": 9, "symbol": "diamond", "line": {"color": "#ffffff", "width": 1}},
+        "hovertemplate": f"<b>{arm.name}</b><br>%{{text}}<extra></extra>",
     }
 
 

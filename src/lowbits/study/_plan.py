@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import combinations
 from typing import TYPE_CHECKING
 
 from lowbits.errors import RunError, UnknownNameError
 from lowbits.methods import named
 from lowbits.study._arms import BASELINE, NULL, RECIPE, Plan
+from lowbits.study._changes import in_words, parted
 
 if TYPE_CHECKING:
     from lowbits.nn import Recipe
@@ -32,24 +34,30 @@ def plan(recipes: Sequence[str], seeds: Sequence[int]) -> list[Plan]:
 
     Args:
         recipes: `recipe` or `recipe+method`, the former a name of `lowbits.recipes.NAMED`, the latter what
-            `lowbits.methods.named` reads; and `null`: the baseline again under seeds of its own, which shows what
-            chance alone does.
+            `lowbits.methods.named` reads; behind them `+keep.last=0.15`, `+82%:forward=off` and the like: layers that
+            stay in high precision and phases of this arm alone. And `null`: the baseline again under seeds of its own,
+            which shows what chance alone does.
         seeds: of every other arm.
     Raises:
         UnknownNameError: a recipe or a method does not exist.
-        RunError: nothing to compare, a name twice, no seed, a seed twice, or `null` in the first place.
+        RunError: nothing to compare, a name twice, no seed, a seed twice, `null` in the first place, or a change that
+            cannot be read.
     """
     _check(recipes, seeds)
     baseline = recipes[0]
     others = tuple(seed + NULL_OFFSET for seed in seeds)
     plans = []
     for name in recipes:
-        recipe, _, method = (baseline if name == NULL else name).partition("+")
+        recipe, method, changes = parted(baseline if name == NULL else name)
         role = BASELINE if name == baseline else NULL if name == NULL else RECIPE
         words = f"{baseline} again, other seeds" if name == NULL else quantizes(_named(recipe))
         if method and name != NULL:
             words += f", with {named(method).name}"
-        plans.append(Plan(name, recipe, role, others if name == NULL else tuple(seeds), words, method))
+        words += "" if name == NULL else in_words(changes)
+        plans.append(Plan(name, recipe, role, others if name == NULL else tuple(seeds), words, method, changes))
+    for first, second in combinations(plans, 2):
+        if first.folder == second.folder:
+            raise RunError(f"compare: {first.name} and {second.name} would share the folder {first.folder}.")
     return plans
 
 

@@ -74,7 +74,7 @@ def summarize(directory: Path) -> Summary:
         RunError: there are no runs, or a file of theirs is not readable.
     """
     plans, told = _plans(directory)
-    records = {plan.name: [read_run(directory / plan.name / f"seed-{s}", s) for s in plan.seeds] for plan in plans}
+    records = {plan.name: [read_run(directory / plan.folder / f"seed-{s}", s) for s in plan.seeds] for plan in plans}
     measured = [measure(plan, records[plan.name], str(directory)) for plan in plans]
     baseline = measured[0]
     null = next((arm.name for arm in measured if arm.role == NULL), None)
@@ -107,9 +107,13 @@ def _plans(directory: Path) -> tuple[list[Plan], Line]:
     if not told:
         return _found(directory), {}
     try:
-        return [Plan(**{**arm, "seeds": tuple(arm["seeds"])}) for arm in told["arms"]], told
+        return [_plan(arm) for arm in told["arms"]], told
     except (KeyError, TypeError) as error:
         raise RunError(f"{directory / COMPARISON}: not of this version ({error}); repeat the comparison.") from error
+
+
+def _plan(arm: Line) -> Plan:
+    return Plan(**{**arm, "seeds": tuple(arm["seeds"]), "changes": tuple(arm.get("changes", ()))})
 
 
 def _found(directory: Path) -> list[Plan]:

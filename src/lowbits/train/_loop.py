@@ -213,7 +213,7 @@ def _loop(t: _Training, interrupts: Interrupts) -> str:
         loss, grad_norm, stop = _step(t, interrupts, sample)
         progress.seconds += time.perf_counter() - started
         last = progress.step == run.steps
-        for event in [*_begun(run, progress.step - 1), *judge(progress, loss, grad_norm)]:
+        for event in [*_begun(t, progress.step - 1), *judge(progress, loss, grad_norm)]:
             _report(t, _located(t, event))
         t.display.advance(progress.step, loss)
         if last or progress.step % watching.log_every == 0:
@@ -232,9 +232,11 @@ def _loop(t: _Training, interrupts: Interrupts) -> str:
     return "finished"
 
 
-def _begun(run: Run, step: int) -> list[Event]:
+def _begun(t: _Training, step: int) -> list[Event]:
     """The phase that begins with a step, told after it: a log cut behind a checkpoint then repeats no line."""
-    begun = [phase for phase in run.phases if phase.first_step(run.steps) == step]
+    if all(recipe.plain for recipe, _, _ in t.conversion.converted.values()):
+        return []
+    begun = [phase for phase in t.run.phases if phase.first_step(t.run.steps) == step]
     return [Event("phase", f"{phase.words}, from this step on") for phase in begun]
 
 
