@@ -16,6 +16,7 @@ from lowbits.analysis._memory import Bytes, Memory, measure_memory, measure_save
 from lowbits.analysis._moments import moment_errors
 from lowbits.analysis._outliers import ChannelStatistics, describe_channels, input_channels, jaccard, overlaps
 from lowbits.analysis._perplexity import Perplexity, perplexity, read_text, text_perplexity, windows
+from lowbits.analysis._probe import LayerProbe, Whole, as_patterns, probe_layers, probe_model, propose_keep
 from lowbits.analysis._provenance import device_name, provenance
 from lowbits.analysis._ptq import compare_post_training, post_training
 from lowbits.analysis._sharpness import Sharpness, m_sharpness
@@ -33,6 +34,7 @@ __all__ = [
     "Family",
     "GradientSparsity",
     "Kind",
+    "LayerProbe",
     "Ledger",
     "Memory",
     "Perplexity",
@@ -41,6 +43,8 @@ __all__ = [
     "TensorErrors",
     "TimeShare",
     "Updating",
+    "Whole",
+    "as_patterns",
     "causal_loss",
     "classify",
     "compare_post_training",
@@ -71,6 +75,9 @@ __all__ = [
     "perplexity",
     "post_training",
     "predict_memory",
+    "probe_layers",
+    "probe_model",
+    "propose_keep",
     "provenance",
     "read_text",
     "stored_bytes",

@@ -21,6 +21,7 @@ COMMANDS = {
     "compare": "train several recipes on equal terms and write a report",
     "report": "write the report of a comparison again",
     "analyze": "look at a trained model: sharpness, outliers, memory, post-training quantization, ...",
+    "probe": "rank the layers of a model by what a recipe does to them, propose which to keep",
     "data": "turn text into token shards (data prepare), look at them (data info)",
     "formats": "print every number format: bits, largest, smallest, codes",
     "recipes": "print every recipe: what it quantizes, what integer hardware could run",

@@ -123,7 +123,7 @@ def open_subject(path: Path, recipe: str | None, device: Device) -> Subject:
     logging.disable_progress_bar()
     source, home, config = _locate(path)
     name = recipe or _recipe_name(config, source)
-    where = _device(device)
+    where = chosen_device(device)
     # vocabulary and length matter for fresh weights alone
     model = models.build(str(source), vocab_size=1, block=1, seed=0)
     if name is not None:
@@ -172,7 +172,14 @@ def _recipe_name(config: dict[str, object], source: Path) -> str | None:
     return str(name)
 
 
-def _device(wish: Device) -> torch.device:
+def chosen_device(wish: Device) -> torch.device:
+    """Return the device that was asked for.
+
+    Args:
+        wish: auto takes CUDA where there is one.
+    Raises:
+        RunError: CUDA was asked for and is absent.
+    """
     if wish is Device.CUDA and not torch.cuda.is_available():
         raise RunError("--device cuda was asked for, but torch sees no CUDA device here; use --device cpu or auto.")
     cuda = torch.cuda.is_available() and wish is not Device.CPU
