@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lowbits.errors import ConversionError, RunError
 from lowbits.export import CodedModel, PointTensor
+from lowbits.nn import WeightView
 
 _SUFFIX = "_view"
 MATRIX_LAYERS = (
@@ -38,12 +39,8 @@ MATRIX_LAYERS = (
 )
 
 
-class View(nn.Module):
+class View(WeightView):
     """A function of a weight; subclasses give `forward` and `coded`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.off = False
 
     def coded(self, weight: Tensor) -> PointTensor:
         """Return the viewed weight as it would be stored.

@@ -13,6 +13,7 @@ from lowbits.nn._qparameter import QParameter
 from lowbits.nn._recipe import Gemm, Recipe, Save
 from lowbits.nn._steps_of_weights import StepInit, StepRule, quantize_parameter
 from lowbits.nn._sub_norm import sub_norm_
+from lowbits.nn._weight_view import WeightView
 
 __all__ = [
     "Choose",
@@ -34,6 +35,7 @@ __all__ = [
     "StableEmbedding",
     "StepInit",
     "StepRule",
+    "WeightView",
     "check_phases",
     "convert_",
     "grid_linear_",

@@ -16,6 +16,7 @@ from lowbits.nn._blocks import is_conv1d
 from lowbits.nn._keep import Keep
 from lowbits.nn._linear import ROLES, QuantizedConv1D, QuantizedLayer, QuantizedLinear, switch_
 from lowbits.nn._recipe import Recipe
+from lowbits.nn._weight_view import WeightView
 from lowbits.quantizers import Noise
 
 Choose = Callable[[str, nn.Module], Recipe | None]
@@ -164,14 +165,19 @@ def set_phase_(model: nn.Module, *, forward: bool = True, backward: bool = True)
 
 @contextmanager
 def high_precision(model: nn.Module) -> Iterator[None]:
-    """Switch all quantizers off within the block, functions of weights too; these are assignments."""
+    """Switch all quantizers off within the block, functions and views of weights too; these are assignments."""
     layers = quantized_layers(model).values()
     before = [(layer.recipe, layer.weight_fn) for layer in layers]
+    views = [module for module in model.modules() if isinstance(module, WeightView) and not module.off]
     for layer in layers:
         layer.recipe, layer.weight_fn = Recipe(), None
+    for view in views:
+        view.off = True
     try:
         yield
     finally:
+        for view in views:
+            view.off = False
         for layer, (recipe, weight_fn) in zip(layers, before, strict=True):
             layer.recipe, layer.weight_fn = recipe, weight_fn
 
