@@ -30,9 +30,10 @@ class Hadamard:
     Args:
         size: a power of two.
         signs: d, `size` numbers 1 or -1; None means no signs. `random` draws them.
-        dtype: the result is rounded to it; torch.bfloat16 is what NVFP4's recipe does before it looks for amaxes.
+        dtype: the result is rounded to it: torch.float32, or torch.bfloat16 as NVFP4's recipe does before it looks for
+            amaxes.
     Raises:
-        SpecError: the size is not a power of two, or the signs are not `size` signs.
+        SpecError: the size is not a power of two, the signs are not `size` signs, or another dtype.
     """
 
     size: int = 16
@@ -44,6 +45,8 @@ class Hadamard:
             raise SpecError(f"Hadamard({self.size}): the size is a power of two, at least 2.")
         if self.signs is not None and (len(self.signs) != self.size or set(self.signs) - {1, -1}):
             raise SpecError(f"Hadamard({self.size}): signs are {self.size} numbers 1 or -1, got {self.signs}.")
+        if self.dtype not in (torch.float32, torch.bfloat16):
+            raise SpecError(f"Hadamard({self.size}): dtype is torch.float32 or torch.bfloat16, got {self.dtype}.")
 
     @classmethod
     def random(cls, size: int, seed: int, dtype: torch.dtype = torch.float32) -> Hadamard:
@@ -65,7 +68,7 @@ class Hadamard:
         """Return the transform of `x` along its last axis, float32 [..., padded K]."""
         groups = pad(x.float(), (0, -x.shape[-1] % self.size)).unflatten(-1, (-1, self.size))
         y = self._butterfly(groups * self._diagonal(x.device)) * self.size**-0.5
-        return y.to(self.dtype).float().flatten(-2)
+        return (_to_bfloat16(y) if self.dtype is torch.bfloat16 else y).flatten(-2)
 
     def inverse(self, y: Tensor) -> Tensor:
         """Undo `forward` up to rounding, float32; what filled `x` up comes back as numbers near 0."""
@@ -84,3 +87,13 @@ class Hadamard:
     def _diagonal(self, device: torch.device) -> Tensor:
         signs = (1,) * self.size if self.signs is None else self.signs
         return torch.tensor(signs, dtype=torch.float32, device=device)
+
+
+def _to_bfloat16(y: Tensor) -> Tensor:
+    """Round float32 to bfloat16, ties to even, and keep it as float32.
+
+    By bits: inductor (torch 2.11 to 2.13) drops a cast down and up again as if it did not round.
+    """
+    bits = y.view(torch.int32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+    return torch.where(y.isnan(), y, rounded.view(torch.float32))
