@@ -216,9 +216,9 @@ def _check(graph: Graph, model: nn.Module, to_blame: Sequence[Call]) -> None:
     if to_blame:
         call = to_blame[0]
         raise ConversionError(
-            f"{type(model).__name__}: {call.where}: no rule says which slices of its operands belong together. "
-            f"Say what it is with trace(..., rules={{{call.name!r}: Treat.ELEMENTWISE}}), or accept that what it sees cannot "
-            "be cut with Treat.WHOLE."
+            f"{type(model).__name__}: {call.where}: no rule says which slices of its operands belong together. Say "
+            f"what it is with trace(..., rules={{{call.name!r}: Treat.ELEMENTWISE}}), or accept with Treat.WHOLE that "
+            "nothing it sees can be cut."
         )
     if not graph.dimensions:
         reason = f" For example {graph.kept[0].name}: {graph.kept[0].reason}." if graph.kept else ""

@@ -255,8 +255,8 @@ class Qasso:
             if name not in state or state[name].shape != tensor.shape:
                 found = list(state[name].shape) if name in state else "missing"
                 raise CheckpointError(
-                    f"Qasso: the state does not fit this model, {name} is {found} instead of {list(tensor.shape)}; load "
-                    "the state of a run of the same model and graph."
+                    f"Qasso: the state does not fit this model, {name} is {found} instead of {list(tensor.shape)}; "
+                    "load the state of a run of the same model and graph."
                 )
         self.progress.load_state_dict(dict(state))
         self._doomed = self._frozen = None

@@ -50,6 +50,10 @@ def rewrite_(call: Call, axes: Any, sizes: Sizes) -> None:
     rule = _RULES.get(call.name)
     if rule is not None and axes is not None:
         rule(call, axes, sizes)
+    if call.node.target is torch.ops.aten.view.default:
+        # Attention lays its result out by size: what could be viewed before may have to be copied.
+        call.node.target = torch.ops.aten.reshape.default
+        call.node.kwargs = {{"size": "shape"}.get(name, name): value for name, value in call.node.kwargs.items()}
 
 
 def _shaped(call: Call, axes: list[Axis], sizes: Sizes) -> None:
