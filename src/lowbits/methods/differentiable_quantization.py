@@ -25,10 +25,39 @@ from torch import Tensor, nn
 
 from lowbits.errors import ConversionError, SpecError
 from lowbits.export import Buckets, PointTensor, between, bucketed, even_points, flattened, gradient_bucketed
+from lowbits.methods._contract import Method, Table
+from lowbits.methods._distillation_loss import Mixing
+from lowbits.methods._distilled_runs import (
+    SELF,
+    Cut,
+    Ends,
+    attach_source_,
+    levels_of,
+    mixed_loss,
+    size_table,
+    weight_metrics,
+)
 from lowbits.methods._levels import PUBLISHED_BUCKETS, Levels, ranges, scaled, working
 from lowbits.methods._quantized_weights import Choose
 from lowbits.methods._weight_views import Place, View, install_, is_conv1d, viewed
+from lowbits.optim import param_groups
 from lowbits.quantizers import Rounding
+
+__all__ = [
+    "Bits",
+    "DifferentiableQuantization",
+    "PointView",
+    "Start",
+    "Trained",
+    "example",
+    "gradient_norms",
+    "learn_points_",
+    "nearest_points",
+    "point_parameters",
+    "quantile_points",
+    "redistribute",
+    "resulting_bits",
+]
 
 
 class Start(Enum):
@@ -38,6 +67,17 @@ class Start(Enum):
     """At the quantiles j / (L - 1) of the scaled weights, so at 0 and 1 too."""
     EVEN = "even"
     """In equal steps: at first the very function of quantized distillation."""
+
+
+class Trained(Enum):
+    """What a run trains.
+
+    - POINTS: points alone, as published;
+    - ALL: the weights too, straight through their points: quantized distillation on a learned grid.
+    """
+
+    POINTS = "points"
+    ALL = "all"
 
 
 def nearest_points(positions: Tensor, points: Tensor) -> Tensor:
@@ -288,3 +328,74 @@ def resulting_bits(model: nn.Module) -> Bits:
         sum(n * max(1, (points - 1).bit_length()) for n, points in found) / weights,
         sum(n * math.log2(points) for n, points in found) / weights,
     )
+
+
+@dataclass(frozen=True)
+class DifferentiableQuantization(Method):
+    """Train where the levels of a trained model lie, and nothing else.
+
+    Start from a trained model: --model FOLDER, for example a run of `--method distillation`.
+
+    Args:
+        teacher: as in `QuantizedDistillation`; published is `self`, the model before it was quantized.
+        bits: of a point's number; 2^bits points for each weight.
+        cut: what shares a range.
+        size: of a bucket or group.
+        start: where points begin.
+        point_lr: peak learning rate of the points, in units of a bucket's range.
+        trained: points alone, or all parameters.
+        ends: whether embeddings and output head are quantized too.
+        weight: of the teacher against the labels.
+        temperature: of the teacher's and the student's softmax.
+        cache: as in `QuantizedDistillation`.
+        classes: how many a new cache keeps for each token.
+    """
+
+    teacher: str = SELF
+    bits: int = 4
+    cut: Cut = Cut.BUCKET
+    size: int = 256
+    start: Start = Start.QUANTILE
+    point_lr: float = 1e-3
+    trained: Trained = Trained.POINTS
+    ends: Ends = Ends.QUANTIZED
+    weight: float = 0.7
+    temperature: float = 1.0
+    cache: str = ""
+    classes: int = 64
+
+    def prepare_(self, model: nn.Module, seed: int) -> None:
+        """Attach the teacher, put points before the weights, and freeze what is not trained."""
+        mixing = Mixing(self.weight, self.temperature)
+        attach_source_(model, self.teacher, self.cache, self.classes, mixing.temperature)
+        levels = Levels.of_bits(self.bits, self.cut.buckets(self.size))
+        chosen = levels_of(model, levels.count, levels.buckets, levels.rounding, self.ends)
+        learn_points_(model, chosen, start=self.start)
+        model.requires_grad_(self.trained is Trained.ALL)
+        for points in point_parameters(model).values():
+            points.requires_grad_()
+
+    def param_groups(self, model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+        """Return the points, with their own learning rate and no decay, and the other groups if all is trained."""
+
+        def own(name: str, module: nn.Module, parameter: nn.Parameter) -> dict[str, float] | None:
+            return {"lr": self.point_lr} if isinstance(module, PointView) else None
+
+        return param_groups(model, weight_decay, own)
+
+    def loss(self, model: nn.Module, ids: Tensor) -> Tensor:
+        """Return the mixed loss."""
+        return mixed_loss(model, ids, Mixing(self.weight, self.temperature))
+
+    def metrics(self, model: nn.Module) -> dict[str, float]:
+        """Return the error of the weights and the entropy of their codes."""
+        return weight_metrics(model)
+
+    def tables(self, model: nn.Module) -> tuple[Table, ...]:
+        """Return where the bytes of the model would be."""
+        return (size_table(model),)
+
+
+def example() -> DifferentiableQuantization:
+    """Return one that a model of two layers with fresh weights can be trained with."""
+    return DifferentiableQuantization(bits=3, size=32, trained=Trained.ALL)

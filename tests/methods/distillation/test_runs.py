@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Both methods in `lowbits train`: teachers, caches, what is trained, and what the report says of sizes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from lowbits.errors import RunError, ShapeError
+from lowbits.export import coded_sizes, save_coded
+from lowbits.methods.differentiable_quantization import DifferentiableQuantization, point_parameters
+from lowbits.methods.distillation import Ends, QuantizedDistillation, TeacherCache, coded_model, viewed
+from lowbits.nn import Recipe, convert_
+from lowbits.train import Run, checkpoints, train
+from tests.train.tiny import log_lines, model, state_bytes, tiny_run, tokens
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tokens(tmp_path_factory.mktemp("tiny")).folder
+
+
+@pytest.fixture(scope="module")
+def teacher(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The last checkpoint of an ordinary run."""
+    out = tmp_path_factory.mktemp("teacher")
+    train(short(data, steps=6), out / "run")
+    return checkpoints(out / "run" / "checkpoints")[-1]
+
+
+def short(data: Path, **changes) -> Run:
+    run = tiny_run(data, recipe="bf16", steps=changes.pop("steps", 3))
+    return replace(run, watching=replace(run.watching, errors_every=0), **changes)
+
+
+def network(seed: int = 0):
+    torch.manual_seed(seed)
+    student = model(300, 32, dropout=0.0)
+    convert_(student, Recipe(), verbose=False)
+    return student
+
+
+def test_a_run_from_the_cache_has_the_bits_of_a_run_with_the_teacher(data: Path, teacher: Path, tmp_path: Path) -> None:
+    """With every class kept, the second run reads what the first one wrote, and needs no teacher."""
+    method = QuantizedDistillation(teacher=str(teacher), cache=str(tmp_path / "cache"), classes=10_000, size=32)
+    train(short(data, method=method), tmp_path / "one")
+    assert len(TeacherCache(tmp_path / "cache")) == 3 * 4  # sequences of three steps
+    train(short(data, method=replace(method, teacher="cached")), tmp_path / "two")
+    assert [line for line in log_lines(tmp_path / "one") if line["kind"] == "step"] == [
+        line for line in log_lines(tmp_path / "two") if line["kind"] == "step"
+    ]
+    direct = train(short(data, method=replace(method, cache="")), tmp_path / "three")
+    one = json.loads((tmp_path / "one" / "result.json").read_text())
+    assert direct["val_loss_on"] == pytest.approx(one["val_loss_on"], abs=1e-4)
+
+
+def test_points_alone_are_trained(data: Path, teacher: Path, tmp_path: Path) -> None:
+    run = short(data, model=str(teacher), method=DifferentiableQuantization(bits=2, size=32), steps=4)
+    train(run, tmp_path / "run")
+    from safetensors.torch import load_file
+
+    after = load_file(checkpoints(tmp_path / "run" / "checkpoints")[-1] / "model.safetensors")
+    before = load_file(teacher / "model.safetensors")
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    points = [name for name in after if name not in before]
+    assert points and all(name.endswith(".weight_view.points") for name in points)
+    told = [line["method"] for line in log_lines(tmp_path / "run") if line["kind"] == "step"]
+    assert len({line["relative error of weights"] for line in told}) > 1
+
+
+def test_the_report_has_the_bytes_of_the_file(data: Path, tmp_path: Path) -> None:
+    result = train(short(data, method=QuantizedDistillation(teacher="none", size=32)), tmp_path / "run")
+    (table,) = result["tables"]
+    assert table["columns"] == ("part", "packed", "huffman")
+    rows = {row[0]: row[1:] for row in table["rows"]}
+    assert rows["file"][0] == sum(rows[p][0] for p in ("codes", "ranges", "plain", "header"))
+    student = network()
+    QuantizedDistillation(teacher="none", size=32).prepare_(student, 0)
+    sizes = save_coded(tmp_path / "file", coded_model(student))
+    assert (tmp_path / "file").stat().st_size == sizes.file == coded_sizes(coded_model(student)).file
+    assert abs(rows["file"][1] - sizes.file) < 0.02 * sizes.file  # other weights, other entropy
+
+
+def test_two_runs_have_the_same_file(data: Path, tmp_path: Path) -> None:
+    run = short(data, method=QuantizedDistillation(bits=2, size=32))
+    for name in "ab":
+        train(run, tmp_path / name)
+    assert state_bytes(tmp_path / "a") == state_bytes(tmp_path / "b")
+
+
+def test_switching_off_shows_the_master_weights(data: Path, tmp_path: Path) -> None:
+    result = train(short(data, method=QuantizedDistillation(teacher="none", bits=1, size=32)), tmp_path / "run")
+    assert result["val_loss_on"] != result["val_loss_off"]
+
+
+def test_ends_may_be_kept() -> None:
+    student = network()
+    QuantizedDistillation(ends=Ends.KEPT).prepare_(student, 0)
+    names = [place.name for place, _ in viewed(student)]
+    assert len(names) == 8 and not any("wte" in name or "wpe" in name for name in names)
+    DifferentiableQuantization().prepare_(student, 0)
+    assert len(point_parameters(student)) == 10
+
+
+def test_the_models_own_weights_teach_in_high_precision() -> None:
+    student, ids = network(), torch.arange(32)[None]
+    with torch.no_grad():
+        expected = student(ids).logits
+    QuantizedDistillation(teacher="self", bits=1).prepare_(student, 0)
+    teacher = student._distillation_source.teacher
+    assert torch.equal(teacher(ids), expected)
+    with torch.no_grad():
+        student.transformer.wte._parameters["weight"].zero_()
+    assert torch.equal(teacher(ids), expected)
+    assert not any("teacher" in name for name, _ in student.named_modules())
+
+
+def test_bad_teachers_are_named_before_training(teacher: Path, tmp_path: Path) -> None:
+    student = model(999, 32)
+    with pytest.raises(ShapeError, match="teacher's vocabulary has 300 entries, the student's 999"):
+        QuantizedDistillation(teacher=str(teacher)).prepare_(student, 0)
+    with pytest.raises(RunError, match="needs cache=FOLDER"):
+        QuantizedDistillation(teacher="cached").prepare_(network(), 0)
+    with pytest.raises(RunError, match="there is none"):
+        QuantizedDistillation(teacher="none", cache=str(tmp_path)).prepare_(network(), 0)
