@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowbits.errors import SpecError
-from lowbits.formats import E2M1, E2M3, E3M2, E4M3, E5M2, E8M0, UINT8
+from lowbits.formats import E2M1, E2M3, E3M2, E4M3, E5M2, E8M0, UINT8, IntFormat
 from lowbits.quantizers import Microscaling, PerGroup, PerTile, QTensor, QuantSpec, SharedExponent, quantize
 from tests.oracles import microscaling as oracle
 
@@ -69,6 +69,12 @@ def test_c3_every_number_of_microxcaling(microxcaling, element, encode):
 def test_dequantize_is_microxcalings_output(microxcaling, element):
     expected = microxcaling[f"{MICROXCALING[element]}.block32.floor_scale.round_even"]
     assert np.array_equal(encoded(microxcaling["x"], element, "floor").dequantize().numpy(), expected)
+
+
+def test_integers_are_microxcalings_int8(microxcaling):
+    fmt = IntFormat("mxint8", 8, lowest=False)  # k there is k / 64, under a scale of 64 times as much
+    q = quantize(torch.from_numpy(microxcaling["x"]), QuantSpec(fmt, PerGroup(32), Microscaling(SharedExponent.FLOOR)))
+    assert np.array_equal(q.dequantize().numpy(), microxcaling["int8.block32.floor_scale.round_even"])
 
 
 def codes_of(values: np.ndarray, element: str) -> np.ndarray:

@@ -118,12 +118,32 @@ def test_decoding_returns_to_the_basis_and_the_length():
     assert stored.nbytes() == 5 * 32 + 5 * 4 + 4
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.jit, from inside inductor
+def test_a_compiled_transform_rounds_to_bf16_too(compile_backend):
+    x = torch.randn(67, 160, generator=torch.Generator().manual_seed(0))
+    compiled = torch.compile(RHT.forward, fullgraph=True, backend=compile_backend, dynamic=False)
+    assert torch.equal(compiled(x), RHT.forward(x))
+
+
+def test_rounding_to_bf16_is_the_cast():
+    random = torch.randint(-(2**31), 2**31, (1 << 18,), generator=torch.Generator().manual_seed(0))
+    ties = torch.arange(-(2**31), 2**31, 1 << 14)  # every bf16, and the quarters between them
+    y = torch.cat([random, ties]).to(torch.int32).view(torch.float32)
+    y = y[y.isfinite()]
+    groups = (y / 4)[:, None].expand(-1, 4)  # whose transform is (y / 2, 0, 0, 0)
+    got, exact = (Hadamard(4, dtype=dtype).forward(groups) for dtype in (torch.bfloat16, torch.float32))
+    assert torch.equal(got, exact.bfloat16().float())
+    assert Hadamard(4, dtype=torch.bfloat16).forward(torch.tensor([[float("nan"), 1, 1, 1]])).isnan().all()
+
+
 def test_impossible_rotations_are_refused():
     for size in (0, 1, 12):
         with pytest.raises(SpecError, match="power of two"):
             Hadamard(size)
     with pytest.raises(SpecError, match="16 numbers 1 or -1"):
         Hadamard(16, signs=(1, -1))
+    with pytest.raises(SpecError, match=r"float32 or torch\.bfloat16, got torch\.float16"):
+        Hadamard(16, dtype=torch.float16)
 
 
 def test_random_signs_are_a_function_of_the_seed():
