@@ -267,7 +267,9 @@ class DQT(Method):
 
     def __post_init__(self) -> None:
         if self.rescale_every < 0 or (self.codes_lr is not None and self.codes_lr < 0):
-            raise SpecError(f"DQT: rescale_every and codes_lr are at least 0, got {self.rescale_every}, {self.codes_lr}.")
+            raise SpecError(
+                f"DQT: rescale_every and codes_lr are at least 0, got {self.rescale_every}, {self.codes_lr}."
+            )
         _ = self.grid, self._init
 
     @property

@@ -49,7 +49,8 @@ class GridLinear(nn.Linear):
         device = input.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype
         x = input.reshape(-1, input.shape[-1]).to(dtype)
-        y = _GridMatmul.apply(x, self.weight, _Plan(dtype, self.execution, self.gradient))
+        with torch.autocast(device, enabled=False):  # it would cast the float32 sums' operands too
+            y = _GridMatmul.apply(x, self.weight, _Plan(dtype, self.execution, self.gradient))
         y = y.view(*input.shape[:-1], self.weight.shape[0])
         return y if self.bias is None else y + self.bias.to(dtype)
 

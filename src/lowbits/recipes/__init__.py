@@ -3,7 +3,7 @@
 
 from lowbits.errors import UnknownNameError
 from lowbits.nn import Recipe
-from lowbits.recipes import fp8, int8, linear_quantization, microscaling, nvfp4, optimizer_states
+from lowbits.recipes import bitnet, fp8, int8, linear_quantization, microscaling, nvfp4, optimizer_states
 
 __all__ = ["FAMILIES", "NAMED", "named"]
 
@@ -14,6 +14,7 @@ FAMILIES: dict[str, dict[str, Recipe]] = {
     "FP8": fp8.RECIPES,
     "NVFP4": nvfp4.RECIPES,
     "microscaling": microscaling.RECIPES,
+    "BitNet": bitnet.RECIPES,
     "optimizer states": optimizer_states.RECIPES,
 }
 """Recipes by family, in the order of the tables."""
