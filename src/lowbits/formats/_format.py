@@ -279,10 +279,10 @@ class FloatFormat(Format):
         below = (magnitude * 2.0 ** (self.mantissa_bits - self.min_normal_exponent)).to(integer)
         codes = torch.where(magnitude < 2.0**self.min_normal_exponent, below, normal)
         top = (1 << (self.exponent_bits + self.mantissa_bits)) - 1
-        codes = torch.where(values.isnan(), top if self.has_nan else 0, codes)
         if self.signed:
             codes = codes | (torch.signbit(values).to(integer) << (self.bits - 1))
-        return codes.to(self.code_dtype)
+        # Devices differ in the sign of the NaN that they make.
+        return torch.where(values.isnan(), top if self.has_nan else 0, codes).to(self.code_dtype)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from torch.nn.functional import pad
 
 from lowbits.errors import NativeError
 from lowbits.formats import E4M3, E5M2, Format, IntFormat
+from lowbits.kernels._blocks import Decoded
 from lowbits.quantizers import (
     AbsMean,
     Amax,
@@ -74,11 +75,14 @@ def illegal_on_hardware(lhs: QuantSpec | None, rhs: QuantSpec | None) -> str | N
     return f"there is no unit for {lhs.format.name} x {rhs.format.name}"
 
 
-def scaled_mm(lhs: Tensor | QTensor, rhs: Tensor | QTensor, dtype: torch.dtype, execution: Execution) -> Tensor:
+Operand = Tensor | QTensor | Decoded
+
+
+def scaled_mm(lhs: Operand, rhs: Operand, dtype: torch.dtype, execution: Execution) -> Tensor:
     """Return lhs @ rhs.T.
 
     Args:
-        lhs: [M, K], a tensor in high precision or a quantized one.
+        lhs: [M, K], a tensor in high precision, a quantized one, or one that is decoded already.
         rhs: [N, K], likewise.
         dtype: of the result, and of the decoded operands when simulated.
         execution: NATIVE runs on the codes or raises; it never falls back.
@@ -90,7 +94,7 @@ def scaled_mm(lhs: Tensor | QTensor, rhs: Tensor | QTensor, dtype: torch.dtype, 
     if execution is Execution.NATIVE:
         return _native(lhs, rhs, dtype)
     a, b = _in_one_basis(lhs, rhs)
-    (a, outer_a), (b, outer_b) = (x.factors() if isinstance(x, QTensor) else (x, None) for x in (a, b))
+    (a, outer_a), (b, outer_b) = ((x, None) if isinstance(x, Tensor) else x.factors() for x in (a, b))
     if outer_a is None and outer_b is None:
         return a.to(dtype) @ b.to(dtype).t()
     # bfloat16 sums would be rounded twice. Where a GEMM has no float32 output (CPUs), float32 operands have the same
@@ -103,20 +107,20 @@ def scaled_mm(lhs: Tensor | QTensor, rhs: Tensor | QTensor, dtype: torch.dtype, 
     return (sums if outer_b is None else sums * outer_b.t()).to(dtype)
 
 
-def _in_one_basis(lhs: Tensor | QTensor, rhs: Tensor | QTensor) -> tuple[Tensor | QTensor, Tensor | QTensor]:
+def _in_one_basis(lhs: Operand, rhs: Operand) -> tuple[Operand, Operand]:
     """Orthonormal rotations cancel where both operands have the same one; others are undone."""
-    transforms = [x.spec.transform if isinstance(x, QTensor) else None for x in (lhs, rhs)]
+    transforms = [None if isinstance(x, Tensor) else x.spec.transform for x in (lhs, rhs)]
     if transforms[0] == transforms[1]:
         return lhs, rhs
     a, b = (
-        x.dequantize() if isinstance(x, QTensor) and transform is not None else x
+        x.dequantize() if not isinstance(x, Tensor) and transform is not None else x
         for x, transform in zip((lhs, rhs), transforms, strict=True)
     )
     return a, b
 
 
-def _native(lhs: Tensor | QTensor, rhs: Tensor | QTensor, dtype: torch.dtype) -> Tensor:
-    specs = [x.spec if isinstance(x, QTensor) else None for x in (lhs, rhs)]
+def _native(lhs: Operand, rhs: Operand, dtype: torch.dtype) -> Tensor:
+    specs = [None if isinstance(x, Tensor) else x.spec for x in (lhs, rhs)]
     reason = illegal_on_hardware(*specs)
     if reason is not None or not isinstance(lhs, QTensor) or not isinstance(rhs, QTensor):
         raise NativeError(f"this GEMM cannot run natively: {reason}. Use Execution.SIMULATED or another recipe.")

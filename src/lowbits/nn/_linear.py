@@ -8,7 +8,7 @@ amax scales nothing saturates, so there is no mask.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
 from lowbits.errors import ShapeError
-from lowbits.kernels import Execution, scaled_mm
+from lowbits.kernels import Execution, Operand, pack_operand, quantize_operand, scaled_mm, unpack_operand
 from lowbits.nn._phase import during
 from lowbits.nn._recipe import Recipe, Save
 from lowbits.quantizers import Noise, PackedTensor, QTensor, QuantSpec, quantize
@@ -189,13 +189,14 @@ class _PlainForward(torch.autograd.Function):
 
 
 def _keep_for_backward(
-    ctx: Any, plan: _Plan, noise: Tensor, x: Tensor | QTensor, w: Tensor | QTensor, weight_dtype: torch.dtype
+    ctx: Any, plan: _Plan, noise: Tensor, x: Operand | PackedTensor, w: Operand, weight_dtype: torch.dtype
 ) -> None:
     """Save X and W, packed where they are codes, and X as wgrad's operand where the recipe asks for it."""
     ctx.plan, ctx.weight_dtype = plan, weight_dtype
     if plan.recipe.save is Save.OPERANDS and ctx.needs_input_grad[1]:
-        assert isinstance(x, Tensor)
-        x = _operand(x.t(), plan.recipe.wgrad.rhs, plan, "wgrad.rhs", noise)
+        assert isinstance(x, Tensor) and plan.recipe.wgrad.rhs is not None
+        known = _by_kernel(pack_operand, x.t(), plan.recipe.wgrad.rhs, plan, "wgrad.rhs", noise)
+        x = known or _operand(x.t(), plan.recipe.wgrad.rhs, plan, "wgrad.rhs", noise)
     packed = [q.pack() if isinstance(q, QTensor) else q for q in (x, w)]
     ctx.packed = [(p.spec, p.shape) if isinstance(p, PackedTensor) else None for p in packed]
     parts = [p.tensors() if isinstance(p, PackedTensor) else (p,) for p in packed]
@@ -214,36 +215,54 @@ def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
     return dx, dw
 
 
-def _saved(ctx: Any) -> tuple[Tensor, Tensor | QTensor, Tensor | QTensor]:
+def _saved(ctx: Any) -> tuple[Tensor, Operand, Operand]:
     """The noise buffer, and X and W as they were saved."""
     noise, *parts = ctx.saved_tensors
-    found: list[Tensor | QTensor] = []
+    found: list[Operand] = []
     for packed in ctx.packed:
         if packed is None:
             found.append(parts.pop(0))
         else:
             (spec, shape), (codes, scale, zero_point, outer) = packed, parts[:4]
-            found.append(PackedTensor(codes, scale, spec, shape, zero_point, outer).unpack())
+            stored = PackedTensor(codes, scale, spec, shape, zero_point, outer)
+            fast = ctx.plan.recipe.save is Save.OPERANDS and ctx.plan.observer is None
+            found.append((unpack_operand(stored, ctx.plan.dtype) if fast else None) or stored.unpack())
             parts = parts[4:]
     return noise, found[0], found[1]
 
 
-def _turned(x: Tensor | QTensor) -> Tensor:
+def _turned(x: Operand) -> Tensor:
     """The transpose of what was saved, as a backward GEMM that quantizes it itself wants it."""
-    return (x.dequantize() if isinstance(x, QTensor) else x).t()
+    return (x if isinstance(x, Tensor) else x.dequantize()).t()
 
 
-def _backward_mm(plan: _Plan, name: str, lhs: Tensor, rhs: Tensor | QTensor, noise: Tensor) -> Tensor:
+def _backward_mm(plan: _Plan, name: str, lhs: Tensor, rhs: Operand, noise: Tensor) -> Tensor:
     gemm = plan.recipe.gemms[name]
     gradient_axis = 1 if name == "dgrad" else 0  # where `out` is in G
     q_lhs = _gradient(lhs, gemm.lhs, plan, f"{name}.lhs", noise, gradient_axis)
-    q_rhs = rhs if isinstance(rhs, QTensor) else _operand(rhs, gemm.rhs, plan, f"{name}.rhs", noise)
+    q_rhs = _operand(rhs, gemm.rhs, plan, f"{name}.rhs", noise) if isinstance(rhs, Tensor) else rhs
     return scaled_mm(q_lhs, q_rhs, plan.dtype, plan.recipe.execution if any(gemm) else Execution.SIMULATED)
 
 
-def _operand(x: Tensor, spec: QuantSpec | None, plan: _Plan, role: str, noise: Tensor) -> Tensor | QTensor:
+_Found = TypeVar("_Found")
+
+
+def _by_kernel(
+    kernel: Callable[..., _Found | None], x: Tensor, spec: QuantSpec, plan: _Plan, role: str, noise: Tensor
+) -> _Found | None:
+    """What a kernel makes of an operand; None where it does not know how, or more than that is wanted."""
+    if plan.observer is not None or plan.recipe.save is Save.QUANTIZED:
+        return None
+    arguments = (plan.dtype,) if kernel is quantize_operand else ()
+    return kernel(x, spec, noise, 1 + 2 * ROLES.index(role), *arguments)
+
+
+def _operand(x: Tensor, spec: QuantSpec | None, plan: _Plan, role: str, noise: Tensor) -> Operand:
     if spec is None:
         return x
+    decoded = _by_kernel(quantize_operand, x, spec, plan, role, noise)
+    if decoded is not None:
+        return decoded
     try:
         q = quantize(x, spec, _draw(x.shape, spec, role, noise))
     except ShapeError as error:  # what was known at conversion was checked there; the number of tokens was not
@@ -253,7 +272,7 @@ def _operand(x: Tensor, spec: QuantSpec | None, plan: _Plan, role: str, noise: T
     raise ShapeError(told)  # here, since torch 2.11 cannot trace `from None`
 
 
-def _gradient(g: Tensor, spec: QuantSpec | None, plan: _Plan, role: str, noise: Tensor, axis: int) -> Tensor | QTensor:
+def _gradient(g: Tensor, spec: QuantSpec | None, plan: _Plan, role: str, noise: Tensor, axis: int) -> Operand:
     """Quantize G, in `grad_parts` parts along `out` where the recipe asks for it."""
     parts = plan.recipe.grad_parts
     if spec is None or parts == 1:

@@ -1,0 +1,299 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Quantize the operands of a GEMM on a GPU in one or two passes; see `lowbits.kernels.blocks`.
+
+Covered: floats of 4 to 8 bits in groups and tiles of 2 to 128 elements a side, under two-level scales in
+TransformerEngine's order, shared exponents rounded up or down, and powers of two; rotations of up to 64 elements; all
+roundings. The rest takes the eager definition, which computes the same bits.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import math
+import sys
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lowbits.formats import FloatFormat
+from lowbits.quantizers import (
+    BlockRounding,
+    Hadamard,
+    Microscaling,
+    Order,
+    PackedTensor,
+    PerGroup,
+    PerTile,
+    PowerOfTwo,
+    QuantSpec,
+    Rounding,
+    SharedExponent,
+    TwoLevel,
+)
+
+_ROUNDINGS = {
+    Rounding.NEAREST: "NEAREST", Rounding.STOCHASTIC: "UNIFORM24", Rounding.STOCHASTIC_8BIT: "CENTRED8",
+    Rounding.STOCHASTIC_8BIT_FLOOR: "FLOOR8",
+}  # fmt: skip
+_DRAWN_TOGETHER = {"NEAREST": 1, "UNIFORM24": 4, "CENTRED8": 16, "FLOOR8": 16}
+
+
+@cache
+def _kernels() -> ModuleType | None:
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from lowbits.kernels import blocks
+
+    return blocks
+
+
+def _usable(device: torch.device) -> bool:
+    """Whether the kernels run on a device: CUDA, or a CPU where Triton interprets them, which only tests ask for."""
+    if device.type == "cuda":
+        return _kernels() is not None
+    loaded = sys.modules.get("lowbits.kernels.blocks")
+    return loaded is not None and bool(loaded.INTERPRETED)
+
+
+class _Plan(NamedTuple):
+    """What the kernels are compiled for."""
+
+    mantissa: int
+    lowest: int
+    bits: int
+    largest: float
+    nan: int
+    rule: str
+    rounding: str
+    rows: int
+    columns: int
+    rotation: int = 1
+    signs: int = 0
+    bf16: bool = False
+
+
+@cache
+def _plan(spec: QuantSpec) -> _Plan | None:
+    fmt, granularity, transform = spec.format, spec.granularity, spec.transform
+    if not isinstance(fmt, FloatFormat) or not 4 <= fmt.bits <= 8 or not fmt.subnormals or fmt.only_zero_is_zero:
+        return None
+    if not isinstance(granularity, PerGroup | PerTile) or fmt.top_codes_lost not in (0, 1, 4):
+        return None
+    group = isinstance(granularity, PerGroup)
+    rows, columns = (1, granularity.size) if group else (granularity.rows, granularity.columns)
+    rule, rotation = _rule(spec), transform.size if transform else 1
+    powers = all(n & (n - 1) == 0 and n <= 128 for n in (rows, columns))
+    if rule is None or not powers or columns < 2 or rotation > 64 or not _rotates(transform):
+        return None
+    signs = sum(1 << i for i, sign in enumerate(transform.signs) if sign < 0) if transform and transform.signs else 0
+    nan = 0 if fmt.top_codes_lost == 0 else (1 << (fmt.bits - 1)) - 1
+    return _Plan(
+        fmt.mantissa_bits, fmt.min_normal_exponent, fmt.bits, fmt.max, nan, rule, _ROUNDINGS[spec.rounding], rows,
+        columns, rotation, signs, transform is not None and transform.dtype == torch.bfloat16,
+    )  # fmt: skip
+
+
+def _rotates(transform: Hadamard | None) -> bool:
+    return transform is None or transform.dtype in (torch.bfloat16, torch.float32)
+
+
+def _rule(spec: QuantSpec) -> str | None:
+    match spec.scale:
+        case TwoLevel(Order.TRANSFORMER_ENGINE, power_of_two, rounding):
+            if power_of_two:
+                return "TWO_LEVEL_POW2" if rounding is BlockRounding.NEAREST else None
+            return "TWO_LEVEL" if rounding is BlockRounding.NEAREST else "TWO_LEVEL_UP"
+        case Microscaling(SharedExponent.UP):
+            return "SHARED_UP"
+        case Microscaling(SharedExponent.FLOOR):
+            return "SHARED_FLOOR"
+        case PowerOfTwo(0.0):
+            return "POWER_OF_TWO"
+    return None
+
+
+def plan_for(x: Tensor, spec: QuantSpec) -> _Plan | None:
+    """Return how the kernels quantize a matrix; None where they do not."""
+    if not _usable(x.device) or x.ndim != 2 or x.numel() == 0 or x.dtype not in (torch.bfloat16, torch.float32):
+        return None
+    plan = _plan(spec)
+    if plan is None:
+        return None
+    length = spec.padded(x.shape)[1]
+    whole_words = length % _DRAWN_TOGETHER[plan.rounding] == 0
+    return plan if whole_words and (plan.bits != 4 or length % 2 == 0) else None
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """An operand as a GEMM multiplies it:  x ~ inner * outer, in the spec's basis.
+
+    Args:
+        inner: [R, padded K], of the compute dtype, in which it is exact.
+        outer: float32 [1, 1], or None for 1.
+        spec: how it was made.
+        packed: the same as stored codes, where they were asked for.
+    """
+
+    inner: Tensor
+    outer: Tensor | None
+    spec: QuantSpec
+    packed: PackedTensor | None = None
+
+    def factors(self) -> tuple[Tensor, Tensor | None]:
+        """See `QTensor.factors`."""
+        return self.inner, self.outer
+
+    def dequantize(self) -> Tensor:
+        """See `QTensor.dequantize`; for operands that are not rotated."""
+        assert self.spec.transform is None
+        inner = self.inner.float()
+        return inner if self.outer is None else inner * self.outer
+
+
+def quantize_operand(x: Tensor, spec: QuantSpec, noise: Tensor, role: int, dtype: torch.dtype) -> Decoded | None:
+    """Quantize a matrix into what a GEMM multiplies; None where the kernels do not cover it.
+
+    Args:
+        x: [R, K], bfloat16 or float32, any strides.
+        spec: as in `quantize`.
+        noise: int64, the step first; the two words of the stream's key at `role`.
+        role: see `noise`.
+        dtype: of the result.
+    """
+    plan = plan_for(x, spec)
+    if plan is None:
+        return None
+    length = spec.padded(x.shape)[1]
+    inner, _, _, outer = torch.ops.lowbits.quantize_blocks(x, noise, role, length, _as_text(plan), dtype, False)
+    return Decoded(inner, _outer(outer, plan), spec)
+
+
+def pack_operand(x: Tensor, spec: QuantSpec, noise: Tensor, role: int) -> PackedTensor | None:
+    """Quantize a matrix into stored codes and scales; None where the kernels do not cover it. Args as above."""
+    plan = plan_for(x, spec)
+    if plan is None:
+        return None
+    length = spec.padded(x.shape)[1]
+    _, codes, scales, outer = torch.ops.lowbits.quantize_blocks(x, noise, role, length, _as_text(plan), x.dtype, True)
+    two_level = isinstance(spec.scale, TwoLevel)
+    view = outer.view([1] * scales.ndim) if two_level else None
+    return PackedTensor(codes, scales, spec, tuple(x.shape), None, view)
+
+
+def unpack_operand(packed: PackedTensor, dtype: torch.dtype) -> Decoded | None:
+    """Decode what `pack_operand` stored into what a GEMM multiplies; None where the kernels do not cover it."""
+    plan = _plan(packed.spec) if _usable(packed.codes.device) and len(packed.shape) == 2 else None
+    if plan is None:
+        return None
+    rows, length = packed.spec.padded(packed.shape)
+    if plan.bits == 4 and length % 2:
+        return None
+    outer = packed.codes.new_ones((), dtype=torch.float32) if packed.outer is None else packed.outer
+    inner = torch.ops.lowbits.decode_blocks(packed.codes, packed.scale, outer, rows, length, _as_text(plan), dtype)
+    return Decoded(inner, _outer(outer, plan), packed.spec)
+
+
+def _outer(outer: Tensor, plan: _Plan) -> Tensor | None:
+    return outer.view(1, 1) if plan.rule in ("TWO_LEVEL", "TWO_LEVEL_UP") else None
+
+
+def _as_text(plan: _Plan) -> str:
+    """An operator takes no tuples; what was compiled for a plan is found by its text."""
+    return repr(tuple(plan))
+
+
+@cache
+def _from_text(text: str) -> _Plan:
+    return _Plan(*ast.literal_eval(text))
+
+
+def _tile(plan: _Plan) -> tuple[int, int]:
+    return max(64 if plan.columns <= 64 else 32, plan.rows), max(64, plan.columns, plan.rotation)
+
+
+def _constants(plan: _Plan) -> dict[str, Any]:
+    k = _kernels()
+    br, bk = _tile(plan)
+    return {
+        "M": plan.mantissa, "LOWEST": plan.lowest, "BITS": plan.bits, "NAN": plan.nan, "RULE": getattr(k, plan.rule),
+        "ROWS": plan.rows, "COLUMNS": plan.columns, "BR": br, "BK": bk, "num_warps": 8 if br * bk > 8192 else 4,
+        "enable_fp_fusion": False,
+    }  # fmt: skip
+
+
+def _rotation(plan: _Plan) -> dict[str, Any]:
+    log = plan.rotation.bit_length() - 1
+    return {"SIGNS": plan.signs, "SCALE": plan.rotation**-0.5, "BF16": plan.bf16, "T": plan.rotation, "LOG": log}
+
+
+def _results(x: Tensor, length: int, plan: _Plan, dtype: torch.dtype, codes: bool) -> tuple[Tensor, ...]:
+    rows, nothing = x.shape[0], x.new_empty(0)
+    outer = x.new_empty((), dtype=torch.float32)
+    if not codes:
+        return x.new_empty(rows, length, dtype=dtype), nothing.to(torch.uint8), nothing.to(torch.uint8), outer
+    blocks = math.ceil(rows / plan.rows), math.ceil(length / plan.columns)
+    shape = (blocks[0], blocks[1], 1) if plan.rows == 1 else (blocks[0], 1, blocks[1], 1)
+    stored = torch.float32 if plan.rule == "POWER_OF_TWO" else torch.uint8
+    count = rows * length // (2 if plan.bits == 4 else 1)
+    return nothing, x.new_empty(count, dtype=torch.uint8), x.new_empty(shape, dtype=stored), outer
+
+
+@torch.library.custom_op("lowbits::quantize_blocks", mutates_args=())
+def _quantize_blocks(
+    x: Tensor, noise: Tensor, role: int, length: int, plan_text: str, dtype: torch.dtype, codes: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    k, plan = _kernels(), _from_text(plan_text)
+    assert k is not None
+    inner, stored, scales, outer = _results(x, length, plan, dtype, codes)
+    (rows, columns), (stride_r, stride_k) = x.shape, x.stride()
+    constants = _constants(plan)
+    br, bk = _tile(plan)
+    grid = (math.ceil(length / bk), math.ceil(rows / br))
+    whole = torch.zeros((), dtype=torch.int32, device=x.device)
+    if plan.rule.startswith("TWO_LEVEL"):
+        k.amax[grid](
+            x, whole, rows, columns, stride_r, stride_k, **_rotation(plan), BR=br, BK=bk,
+            num_warps=constants["num_warps"], enable_fp_fusion=False,
+        )  # fmt: skip
+    top = math.frexp(plan.largest)[1] - 1
+    inverse = float(torch.tensor(1 / plan.largest, dtype=torch.float32))
+    k.quantize[grid](
+        x, noise, whole, inner, stored, scales, outer, role, rows, columns, length, stride_r, stride_k,
+        **_rotation(plan), **constants, MAX=plan.largest, TOP=top, INVERSE=inverse, ROUNDING=getattr(k, plan.rounding),
+        INNER=not codes, CODES=codes,
+    )  # fmt: skip
+    return inner, stored, scales, outer
+
+
+@_quantize_blocks.register_fake
+def _(
+    x: Tensor, noise: Tensor, role: int, length: int, plan_text: str, dtype: torch.dtype, codes: bool
+) -> tuple[Tensor, ...]:
+    return _results(x, length, _from_text(plan_text), dtype, codes)
+
+
+@torch.library.custom_op("lowbits::decode_blocks", mutates_args=())
+def _decode_blocks(
+    codes: Tensor, scales: Tensor, outer: Tensor, rows: int, length: int, plan_text: str, dtype: torch.dtype
+) -> Tensor:
+    k, plan = _kernels(), _from_text(plan_text)
+    assert k is not None
+    inner = codes.new_empty(rows, length, dtype=dtype)
+    br, bk = _tile(plan)
+    k.decode[(math.ceil(length / bk), math.ceil(rows / br))](
+        codes, scales, outer, inner, rows, length, **_constants(plan)
+    )
+    return inner
+
+
+@_decode_blocks.register_fake
+def _(
+    codes: Tensor, scales: Tensor, outer: Tensor, rows: int, length: int, plan_text: str, dtype: torch.dtype
+) -> Tensor:
+    return codes.new_empty(rows, length, dtype=dtype)
