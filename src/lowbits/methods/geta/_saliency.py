@@ -88,7 +88,7 @@ def lowest(scores: Tensor, live: Tensor, sizes: Sequence[int], target: Target, n
         target: has the floors.
         number: how many.
     Returns:
-        bool `[N]` with `number` of the live units.
+        bool `[N]` with `number` of the live units, fewer if the floors leave fewer.
     """
     free = torch.zeros_like(live)
     begin = 0
@@ -98,7 +98,8 @@ def lowest(scores: Tensor, live: Tensor, sizes: Sequence[int], target: Target, n
         ordered = torch.where(live[part], scores[part], torch.inf).argsort(stable=True)
         free[begin + ordered[:allowed]] = True
         begin += size
-    order = torch.where(free & live, scores, torch.inf).argsort(stable=True)
+    free &= live
+    order = torch.where(free, scores, torch.inf).argsort(stable=True)
     chosen = torch.zeros_like(live)
-    chosen[order[:number]] = True
+    chosen[order[: min(number, int(free.sum()))]] = True
     return chosen
