@@ -18,13 +18,11 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lowbits.analysis import causal_loss
 from lowbits.errors import SpecError
 from lowbits.methods._contract import Method, Position, Table
-from lowbits.methods._pseudo_noise._blocks import elements
 from lowbits.methods._pseudo_noise._circuit import Fidelity
 from lowbits.methods._pseudo_noise._draw import PseudoNoise
 from lowbits.methods._pseudo_noise._export import (
@@ -37,11 +35,10 @@ from lowbits.methods._pseudo_noise._export import (
     save_ladder,
 )
 from lowbits.methods._pseudo_noise._formats import LADDER, Operator, Storage, rung
+from lowbits.methods._pseudo_noise._model import Resample, add_noise_, bit_groups, bit_penalty, noisy, number_of
 from lowbits.methods._pseudo_noise._numerics import Plan
 from lowbits.methods._pseudo_noise._tables import bit_metrics, bit_tables, survival
 from lowbits.methods._pseudo_noise._weight import NoisyWeight, set_draw_
-from lowbits.nn import quantized_layers
-from lowbits.optim import param_groups
 
 __all__ = [
     "LADDER",
@@ -80,67 +77,6 @@ class Regulariser(Enum):
     DECAY = "decay"
     LOSS = "loss"
     LOSS_BY_SIZE = "loss_by_size"
-
-
-class Resample(Enum):
-    """When new noise is drawn: for every micro-batch (of every process), or once an optimizer step."""
-
-    MICRO = "micro"
-    STEP = "step"
-
-
-def add_noise_(model: nn.Module, plan: Plan, seed: int, *, lean: bool = False) -> None:
-    """Let every converted layer see its weight through noise, in place.
-
-    Parameters keep their names; `LAYER.weight_fn.b_i` comes to the state dict. Call it after `convert_`, before
-    optimizer, `torch.compile` and DDP.
-
-    Args:
-        model: converted.
-        plan: noise, blocks, bits, formats.
-        seed: of the random bits.
-        lean: draw the noisy weight again in the backward pass instead of keeping it: no extra memory, one more pass.
-    Raises:
-        SpecError: the model has no converted layer.
-    """
-    layers = quantized_layers(model)
-    if not layers:
-        raise SpecError("add_noise_: the model has no converted layer; call convert_(model, Recipe()) before.")
-    for name, layer in layers.items():
-        layer.weight_fn = NoisyWeight(layer.weight.shape, plan, seed=seed, name=name).to(layer.weight.device)
-        layer.keep_weight = not lean
-
-
-def noisy(model: nn.Module) -> list[NoisyWeight]:
-    """Return the noise of every layer, for `set_draw_`."""
-    return [weight for _, weight in noisy_weights(model).values()]
-
-
-def bit_penalty(model: nn.Module, by_size: bool = False) -> Tensor:
-    """Return sum over layers of the mean over blocks of |b_t - b_target|.
-
-    Args:
-        model: with noisy weights.
-        by_size: weigh blocks by their elements and layers by their size, layers by 1 on average.
-    """
-    pairs = [(w, weight, weight.b_i) for w, weight in noisy_weights(model).values() if weight.b_i is not None]
-    distances = [(b_i * weight.plan.span).abs() for _, weight, b_i in pairs]
-    if not by_size:
-        return torch.stack([d.mean() for d in distances]).sum()
-    shares = [elements(w.shape, weight.plan.block, w.device) for w, weight, _ in pairs]
-    total = sum(w.numel() for w, _, _ in pairs)
-    return torch.stack([(d * s).sum() for d, s in zip(distances, shares, strict=True)]).sum() * (len(pairs) / total)
-
-
-def bit_groups(model: nn.Module, weight_decay: float, pull: float, lr: float | None) -> list[dict[str, Any]]:
-    """Return the usual parameter groups, and one of the bit-widths alone: their decay, and their learning rate."""
-
-    def choose(name: str, module: nn.Module, parameter: nn.Parameter) -> dict[str, Any] | None:
-        if not isinstance(module, NoisyWeight):
-            return None
-        return {"weight_decay": pull} | ({} if lr is None else {"lr": lr})
-
-    return param_groups(model, weight_decay, choose)
 
 
 @dataclass(frozen=True)
@@ -211,7 +147,7 @@ class GaussWS(Method):
 
     def before_forward_(self, model: nn.Module, at: Position) -> None:
         """Number the draw."""
-        set_draw_(noisy(model), at.step if self.resample is Resample.STEP else at.draw)
+        set_draw_(noisy(model), number_of(at, self.resample))
 
     def loss(self, model: nn.Module, ids: Tensor) -> Tensor:
         """Return the usual loss, and the term of the bits where they are pulled by it."""

@@ -8,7 +8,7 @@ as operators of torch, forward and backward have the same bits compiled and not.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -111,7 +111,13 @@ class NoisyWeight(nn.Module):
         return f"{plan.noise.value}, {plan.block[0]} x {plan.block[1]}, {plan.b_init:g} -> {plan.b_target:g} bits"
 
 
-def set_draw_(weights: list[NoisyWeight], number: int) -> None:
+class Counted(Protocol):
+    """What has a counter of its draws."""
+
+    counter: Tensor
+
+
+def set_draw_(weights: Sequence[Counted], number: int) -> None:
     """Set the number of the draw of all weights, in two launches.
 
     Args:
