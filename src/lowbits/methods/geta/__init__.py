@@ -10,6 +10,7 @@ small = geta.construct(graph, model, qasso.keep)         # smaller tensors, inte
 """
 
 from lowbits.methods.geta._construct import PackedWeight, SubNetwork, construct
+from lowbits.methods.geta._cost import Cost, Work, cost, dense_cost
 from lowbits.methods.geta._graph import Dimension, Graph, Kept, Member, Treat, trace
 from lowbits.methods.geta._layers import QuantizedLayer, calibrate_, quantize_, quantized_layers, quantizers
 from lowbits.methods.geta._qasso import Progress, Qasso
@@ -18,6 +19,7 @@ from lowbits.methods.geta._saliency import saliency
 from lowbits.methods.geta._schedule import Moment, Schedule, Stage, Target
 
 __all__ = [
+    "Cost",
     "Dimension",
     "Graph",
     "Kept",
@@ -34,9 +36,12 @@ __all__ = [
     "SubNetwork",
     "Target",
     "Treat",
+    "Work",
     "bits_of",
     "calibrate_",
     "construct",
+    "cost",
+    "dense_cost",
     "quantize",
     "quantize_",
     "quantized_layers",
