@@ -1,0 +1,279 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One task under every arm of the paper: full precision, after training, quantized distillation, learned points."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lowbits.export import Coding, coded_sizes, published_bytes
+from lowbits.methods.differentiable_quantization import (
+    Start,
+    gradient_norms,
+    learn_points_,
+    point_parameters,
+    redistribute,
+    resulting_bits,
+)
+from lowbits.methods.distillation import (
+    Levels,
+    Mixing,
+    Teacher,
+    TopK,
+    coded_model,
+    distillation_loss,
+    quantize_weights_,
+    set_draw_,
+)
+from lowbits.quantizers import PerBlock, PerTensor, Rounding
+
+Batch = tuple[tuple[Tensor, ...], Tensor]
+Result = dict[str, float]
+Soft = Callable[[int, int, tuple[Tensor, ...]], Tensor | TopK]
+BUCKETS = {"no bucket": PerTensor(), "256": PerBlock(256), "64": PerBlock(64)}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which arms a task runs, and for how long.
+
+    Args:
+        bits: of the weights.
+        qd: buckets of quantized distillation.
+        steps: of a student.
+        teacher_steps: of a teacher.
+        dq_steps: of learned points.
+        lr: peak of Adam for a student.
+        teacher_lr: for a teacher.
+        dq_lr: for points.
+        temperature: of the mixed loss.
+        extras: other beginnings and teachers of learned points, and stochastic rounding.
+    """
+
+    bits: tuple[int, ...]
+    qd: tuple[str, ...]
+    steps: int
+    teacher_steps: int
+    dq_steps: int
+    lr: float
+    teacher_lr: float
+    dq_lr: float = 1e-3
+    temperature: float = 2.0
+    extras: bool = False
+
+
+class Task:
+    """What is learned; a task says how its models and batches are made, and what a model is worth."""
+
+    name: str
+    unit: str
+    higher_is_better: bool
+    plan: Plan
+
+    def teacher(self, seed: int) -> nn.Module:
+        """Return a teacher, trained or not."""
+        raise NotImplementedError
+
+    def student(self, seed: int) -> nn.Module:
+        """Return a student with fresh weights."""
+        raise NotImplementedError
+
+    def batch(self, seed: int, step: int) -> Batch:
+        """Return inputs and labels, a pure function of seed and step."""
+        raise NotImplementedError
+
+    def score(self, model: nn.Module) -> float:
+        """Return what a model is worth on data that it has not seen."""
+        raise NotImplementedError
+
+    def soft(self, teacher: Teacher, seed: int, step: int, inputs: tuple[Tensor, ...]) -> Tensor | TopK:
+        """Return what the teacher says of a batch."""
+        return teacher(*inputs)
+
+
+def its_own(model: nn.Module) -> Soft:
+    """The unquantized student as the teacher of its own points."""
+    own = Teacher(copy.deepcopy(model))
+    return lambda seed, step, inputs: own(*inputs)
+
+
+def fresh(make: Callable[[], nn.Module], seed: int) -> nn.Module:
+    """Make a model from a seed of its own, whatever ran before."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return make()
+
+
+def generator(*numbers: int) -> torch.Generator:
+    """A stream that depends on these numbers alone."""
+    mixed = 0
+    for number in numbers:
+        mixed = (mixed * 1_000_003 + number + 1) % (1 << 62)
+    return torch.Generator().manual_seed(mixed)
+
+
+@dataclass(frozen=True)
+class Course:
+    """How long and how fast something learns, and from what.
+
+    Args:
+        steps: optimizer steps.
+        lr: peak of Adam's learning rate.
+        mixing: of the loss.
+        soft: (seed, step, inputs) -> what the teacher says; None for labels alone.
+    """
+
+    steps: int
+    lr: float
+    mixing: Mixing
+    soft: Soft | None = None
+
+
+def learn(task: Task, model: nn.Module, seed: int, course: Course, parameters: Iterable[nn.Parameter]) -> None:
+    """Adam under half a cosine, ten warm-up steps; the same for every arm."""
+    optimizer = torch.optim.Adam(list(parameters), lr=course.lr)
+    turn = math.pi / course.steps
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / 10) * (0.02 + 0.98 * (1 + math.cos(turn * step)) / 2)
+    )
+    model.train()
+    for step in range(course.steps):
+        inputs, labels = task.batch(seed, step)
+        set_draw_(model, step)
+        logits = model(*inputs)
+        told = logits.detach() if course.soft is None else course.soft(seed, step, inputs)
+        loss = distillation_loss(logits, told, labels, course.mixing)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], 1.0)
+        optimizer.step()
+        schedule.step()
+    model.eval()
+
+
+def seed_run(task: Task, seed: int) -> Iterator[tuple[str, Result]]:
+    """Carry out all arms of a seed: every student begins at the same weights and reads the same batches."""
+    plan, labels = task.plan, Mixing(0.0)
+    mixing = Mixing(temperature=plan.temperature)
+    big = task.teacher(seed)
+    if plan.teacher_steps:
+        learn(task, big, seed + 1000, Course(plan.teacher_steps, plan.teacher_lr, labels), big.parameters())
+    teacher = Teacher(big)
+    yield "teacher", scored(task, big)
+
+    def soft(seed: int, step: int, inputs: tuple[Tensor, ...]) -> Tensor | TopK:
+        return task.soft(teacher, seed, step, inputs)
+
+    def student(mixed: Mixing, levels: Levels | None) -> nn.Module:
+        model = task.student(seed)
+        if levels is not None:
+            quantize_weights_(model, levels, seed=seed)
+        course = Course(plan.steps, plan.lr, mixed, soft if mixed.weight else None)
+        learn(task, model, seed, course, model.parameters())
+        return model
+
+    yield "labels, 32 bits", scored(task, student(labels, None))
+    distilled = student(mixing, None)
+    yield "distilled, 32 bits", scored(task, distilled)
+    for bits in plan.bits:
+        for name, buckets in BUCKETS.items():
+            after = copy.deepcopy(distilled)
+            quantize_weights_(after, Levels.of_bits(bits, buckets))
+            yield f"after training, {bits} bits, {name}", scored(task, after)
+        for name in plan.qd:
+            model = student(mixing, Levels.of_bits(bits, BUCKETS[name]))
+            yield f"quantized distillation, {bits} bits, {name}", scored(task, model)
+        levels = Levels.of_bits(bits, BUCKETS["64"])
+        yield f"labels only, {bits} bits, 64", scored(task, student(labels, levels))
+        yield from learned_points(task, seed, distilled, model, bits, soft)
+        if plan.extras:
+            noisy = Levels.of_bits(bits, BUCKETS["64"], Rounding.STOCHASTIC)
+            yield f"quantized distillation, stochastic, {bits} bits, 64", scored(task, student(mixing, noisy))
+
+
+def learned_points(
+    task: Task, seed: int, distilled: nn.Module, quantized: nn.Module, bits: int, soft: Soft
+) -> Iterator[tuple[str, Result]]:
+    """Points of the distilled student, and the same from other beginnings."""
+    plan, levels = task.plan, Levels.of_bits(bits, BUCKETS["64"])
+    mixing = Mixing(temperature=plan.temperature)
+    arms: dict[str, tuple[nn.Module, Start, Soft, bool]] = {
+        "learned points": (distilled, Start.QUANTILE, its_own(distilled), False)
+    }
+    if plan.extras:
+        arms |= {
+            "learned points, even start": (distilled, Start.EVEN, its_own(distilled), False),
+            "learned points, the big teacher": (distilled, Start.QUANTILE, soft, False),
+            "learned points, shared out by gradient": (distilled, Start.QUANTILE, its_own(distilled), True),
+            "learned points after quantized distillation": (quantized, Start.EVEN, soft, False),
+        }
+    for name, (start_from, start, told, shared) in arms.items():
+        model = copy.deepcopy(start_from)
+        learn_points_(model, levels, start=start)
+        if shared:
+            learn_points_(
+                model, levels, start=start, counts=shared_out(task, model, seed, bits, Course(5, 0, mixing, told))
+            )
+        model.requires_grad_(False)
+        points = [p.requires_grad_() for p in point_parameters(model).values()]
+        learn(task, model, seed + 2000, Course(plan.dq_steps, plan.dq_lr, mixing, told), points)
+        extra = {"packed_bits": resulting_bits(model).packed} if shared else {}
+        yield f"{name}, {bits} bits, 64", scored(task, model) | extra
+
+
+def shared_out(task: Task, model: nn.Module, seed: int, bits: int, course: Course) -> dict[str, int]:
+    """Share the points out by the norm of the gradient over a few batches."""
+
+    def loss(model: nn.Module, step: int) -> Tensor:
+        inputs, labels = task.batch(seed, step)
+        assert course.soft is not None
+        return distillation_loss(model(*inputs), course.soft(seed, step, inputs), labels, course.mixing)
+
+    norms = gradient_norms(model, loss, range(course.steps))
+    return redistribute(dict.fromkeys(norms, 1 << bits), norms)
+
+
+def scored(task: Task, model: nn.Module) -> Result:
+    """Return the worth of a model as it would be deployed, and its bytes if its weights are quantized."""
+    model.eval()
+    with torch.no_grad():
+        result = {"score": task.score(model)}
+    if not any(hasattr(kind, "_viewed") for kind in map(type, model.modules())):
+        return result | {"parameters": float(sum(p.numel() for p in model.parameters()))}
+    coded = coded_model(model)
+    packed, huffman = (coded_sizes(coded, coding) for coding in (Coding.PACKED, Coding.HUFFMAN))
+    plain = sum(t.numel() for t in coded.plain.values())
+    size = next(iter(coded.coded.values())).buckets
+    bucket = getattr(size, "size", max(c.codes.numel() for c in coded.coded.values()))
+    return result | {
+        "packed_bytes": packed.file, "huffman_bytes": huffman.file, "ratio": huffman.ratio,
+        "code_bits": huffman.mean_length, "entropy": huffman.entropy, "header_bytes": huffman.header,
+        "published_bytes": published_bytes(plain, huffman.elements, huffman.mean_length, bucket),
+    }  # fmt: skip
+
+
+def all_seeds(task: Task, out: Path, seeds: Sequence[int]) -> dict[str, list[Result]]:
+    """Run every seed that has no file yet; the arms of a seed by name."""
+    out.mkdir(parents=True, exist_ok=True)
+    runs: dict[str, list[Result]] = {}
+    for seed in seeds:
+        path = out / f"{task.name}-{seed}.json"
+        if not path.exists():
+            found: dict[str, Result] = {}
+            begun = time.process_time()
+            for name, result in seed_run(task, seed):
+                found[name] = result | {"cpu_seconds": round(time.process_time() - begun, 2)}
+                begun = time.process_time()
+                print(f"{task.name} seed {seed}: {name}: {result['score']:.4f}", flush=True)
+            path.write_text(json.dumps(found) + "\n", encoding="utf-8")
+        for name, result in json.loads(path.read_text(encoding="utf-8")).items():
+            runs.setdefault(name, []).append(result)
+    return runs

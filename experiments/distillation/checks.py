@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The published orderings, and what was measured. Nothing is tuned to hold; what does not is written down so."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from experiments.distillation.arms import Plan, Result, Task
+from lowbits.analysis import device_name, provenance
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+Runs = dict[str, list[Result]]
+
+
+@dataclass(frozen=True)
+class Check:
+    """What should hold, what was measured, and whether it holds.
+
+    Args:
+        id: of the acceptance check, or of the table of the paper.
+        statement: that should hold.
+        measured: on average, and by seed.
+        holds: on average.
+        seeds: in how many seeds it holds, of how many.
+    """
+
+    id: str
+    statement: str
+    measured: str
+    holds: bool
+    seeds: str
+
+
+class Comparison:
+    """Advantages of one arm over another, positive where it is better, by seed."""
+
+    def __init__(self, runs: Runs, higher_is_better: bool) -> None:
+        self.runs, self.sign = runs, 1 if higher_is_better else -1
+
+    def scores(self, arm: str) -> list[float]:
+        """Of every seed."""
+        return [result["score"] for result in self.runs[arm]]
+
+    def advantage(self, arm: str, other: str) -> list[float]:
+        """Of every seed."""
+        return [self.sign * (a - b) for a, b in zip(self.scores(arm), self.scores(other), strict=True)]
+
+    def better(self, id: str, arm: str, other: str, by: float = 0.0, statement: str = "") -> Check:
+        """`arm` is better than `other` by more than `by`, on average."""
+        found = self.advantage(arm, other)
+        return check(
+            id, statement or f"{arm} better than {other}{f' by {by:g}' if by else ''}", found, lambda x: x > by
+        )
+
+
+def check(id: str, statement: str, found: list[float], holds: Callable[[float], bool]) -> Check:
+    """Judge the mean of a number, and say what it is in every seed."""
+    mean = statistics.fmean(found)
+    measured = f"{mean:+.4g} ({' '.join(f'{x:+.4g}' for x in found)})"
+    return Check(id, statement, measured, holds(mean), f"{sum(map(holds, found))} of {len(found)}")
+
+
+def orderings(runs: Runs, plan: Plan, higher: bool) -> list[Check]:
+    """Sections 3.2 and 3.3: all that should reproduce on any task."""
+    c = Comparison(runs, higher)
+    distilled, few, many = "distilled, 32 bits", plan.bits[-1], plan.bits[0]
+    qd = {bits: f"quantized distillation, {bits} bits, {plan.qd[-1]}" for bits in plan.bits}
+    after = {(bits, b): f"after training, {bits} bits, {b}" for bits in plan.bits for b in ("no bucket", "256", "64")}
+    same = {bits: after[bits, plan.qd[-1]] for bits in plan.bits}
+    points = {bits: f"learned points, {bits} bits, 64" for bits in plan.bits}
+    found = [c.better("3.3c", distilled, "labels, 32 bits")]
+    for bits in plan.bits:
+        found += [
+            c.better("3.2", distilled, qd[bits]),
+            c.better("3.2", qd[bits], same[bits]),
+            c.better("3.2", after[bits, "256"], after[bits, "no bucket"]),
+            c.better("3.3e", points[bits], after[bits, "64"]),
+        ]
+    gain = {bits: c.advantage(qd[bits], same[bits]) for bits in plan.bits}
+    for more, less in zip(plan.bits, plan.bits[1:], strict=False):
+        grown = [b - a for a, b in zip(gain[more], gain[less], strict=True)]
+        found.append(
+            check("3.3a", f"its gain over after training grows from {more} to {less} bits", grown, lambda x: x > 0)
+        )
+    helped = {bits: c.advantage(after[bits, "64"], after[bits, "no bucket"]) for bits in (many, few)}
+    grown = [b - a for a, b in zip(helped[many], helped[few], strict=True)]
+    found.append(
+        check("3.3d", f"buckets of 64 help after training more at {few} bits than at {many}", grown, lambda x: x > 0)
+    )
+    found.append(c.better("3.3e", qd[few], points[few]))
+    level = c.advantage(points[many], qd[many])
+    margin = 0.5 if higher else 0.015 * statistics.fmean(c.scores(distilled))
+    found.append(
+        check(
+            "3.2", f"{points[many]} equal or better than {qd[many]} (within {margin:.3g})", level, lambda x: x > -margin
+        )
+    )
+    near = c.advantage(qd[many], distilled)
+    found.append(check("3.3b", f"{qd[many]} within {margin:.3g} of {distilled}", near, lambda x: x > -margin))
+    for bits in plan.bits:
+        found.append(c.better("3.3, not promised", qd[bits], f"labels only, {bits} bits, 64"))
+    return found
+
+
+def thresholds(task: str, runs: Runs) -> list[Check]:
+    """B18 to B20, with the numbers of the specification, which were read off other data of the same size."""
+    c = Comparison(runs, task in ("digits", "images"))
+    qd = "quantized distillation, {} bits, 64"
+    after, points = "after training, {} bits, 64", "learned points, {} bits, 64"
+    if task == "digits":
+        found = [c.better("B18", qd.format(b), after.format(b), by) for b, by in ((4, 0.3), (3, 4.0), (2, 20.0))]
+        found.append(c.better("B18", "distilled, 32 bits", "labels, 32 bits", 0.8))
+        found.append(
+            c.better("B19", qd.format(4), "distilled, 32 bits", -1.0, "4-bit QD at most 1 point below 32 bits")
+        )
+        found.append(c.better("B19", points.format(4), after.format(4), 0.3))
+        return [*found, c.better("B19", qd.format(2), points.format(2))]
+    if task == "text":
+        return [c.better("B20", qd.format(b), after.format(b), by) for b, by in ((4, 0.005), (2, 0.3))]
+    return []
+
+
+def write(task: Task, runs: Runs, device: torch.device) -> Path:
+    """Write benchmarks/results/<device>/distillation_<task>.json and print the claims."""
+    judged = [*orderings(runs, task.plan, task.higher_is_better), *thresholds(task.name, runs)]
+    path = RESULTS / device_name(device) / f"distillation_{task.name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    about = {"unit": task.unit, "higher_is_better": task.higher_is_better, "plan": asdict(task.plan)}
+    whole = {"provenance": provenance(device), **about, "runs": runs, "checks": [asdict(one) for one in judged]}
+    path.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+    for one in judged:
+        print(f"{'holds ' if one.holds else 'FAILS '} {one.id:5} {one.statement}: {one.measured}, {one.seeds}")
+    print(f"wrote {path}")
+    return path

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MNIST in 8 x 8 pixels: 900 images to learn from, a teacher of 26,122 parameters and a student of 760."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d, pad
+
+from experiments.distillation.arms import Batch, Plan, Task, fresh, generator
+
+BATCH, TRAIN, TEST = 25, 900, 5000
+
+
+class Digits(Task):
+    """Classification with a multi-layer perceptron."""
+
+    name, unit, higher_is_better = "digits", "accuracy, %", True
+    plan = Plan(
+        bits=(4, 3, 2), qd=("256", "64"), steps=1440, teacher_steps=1440, dq_steps=360, lr=5e-3, teacher_lr=2e-3,
+        extras=True,
+    )  # fmt: skip
+
+    def __init__(self, folder: Path) -> None:
+        self.images, self.labels = read(folder, "train", 60_000)
+        self.test, self.truth = (part[:TEST] for part in read(folder, "t10k", 10_000))
+
+    def teacher(self, seed: int) -> nn.Module:
+        return fresh(lambda: perceptron(64, 128, 128, 10), seed + 500)
+
+    def student(self, seed: int) -> nn.Module:
+        return fresh(lambda: perceptron(64, 10, 10), seed)
+
+    def batch(self, seed: int, step: int) -> Batch:
+        """Each seed has its own 900 images."""
+        base = seed % 1000
+        mine = torch.randperm(len(self.labels), generator=generator(base, 0))[:TRAIN]
+        epoch, place = divmod(step, TRAIN // BATCH)
+        order = torch.randperm(TRAIN, generator=generator(seed, 1, epoch))[place * BATCH : (place + 1) * BATCH]
+        return (self.images[mine[order]],), self.labels[mine[order]]
+
+    def score(self, model: nn.Module) -> float:
+        return 100 * (model(self.test).argmax(1) == self.truth).double().mean().item()
+
+
+def perceptron(*sizes: int) -> nn.Sequential:
+    layers: list[nn.Module] = [nn.Flatten()]
+    for wide, narrow in zip(sizes, sizes[1:], strict=False):
+        layers += [nn.Linear(wide, narrow), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def read(folder: Path, name: str, count: int) -> tuple[Tensor, Tensor]:
+    """Images averaged to 8 x 8, [count, 1, 8, 8] with mean 0 and deviation 1, and labels."""
+    with gzip.open(folder / f"{name}-images-idx3-ubyte.gz") as file:
+        pixels = np.frombuffer(file.read(), np.uint8, offset=16).reshape(count, 1, 28, 28)
+    with gzip.open(folder / f"{name}-labels-idx1-ubyte.gz") as file:
+        labels = np.frombuffer(file.read(), np.uint8, offset=8)
+    small = avg_pool2d(pad(torch.from_numpy(pixels.copy()).float() / 255, (2, 2, 2, 2)), 4)
+    return (small - 0.1) / 0.25, torch.from_numpy(labels.copy()).long()
