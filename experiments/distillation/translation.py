@@ -14,8 +14,8 @@ from torch.nn.functional import cross_entropy, pad
 
 from experiments.distillation.arms import Batch, Plan, Task, fresh, generator
 
-BATCH, LONGEST, WORDS, IGNORED = 64, 7, 1500, -100
-BEGIN, END = 0, 1
+BATCH, LONGEST, WORDS, IGNORED = 64, 6, 500, -100
+BEGIN, END, UNKNOWN = 0, 1, 2
 Pairs = list[tuple[list[str], list[str]]]
 
 
@@ -23,7 +23,7 @@ class Translation(Task):
     """Sequence to sequence; padding of the targets counts nowhere."""
 
     name, unit, higher_is_better = "translation", "validation loss, nats a word", False
-    plan = Plan(bits=(4, 2), qd=("64",), steps=500, teacher_steps=800, dq_steps=100, lr=1e-2, teacher_lr=5e-3,
+    plan = Plan(bits=(4, 2), qd=("64",), steps=900, teacher_steps=900, dq_steps=150, lr=1e-2, teacher_lr=5e-3,
                 temperature=1.0)  # fmt: skip
 
     def __init__(self, folder: Path) -> None:
@@ -37,18 +37,17 @@ class Translation(Task):
         """Sources of equal length need no filling: length -> (sources, targets filled with -100)."""
         found: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
         for source, target in pairs:
-            if all(word in self.source for word in source) and all(word in self.target for word in target):
-                ids = torch.tensor([*(self.target[word] for word in target), END])
-                sources, targets = found.setdefault(len(source), ([], []))
-                sources.append(torch.tensor([self.source[word] for word in source]))
-                targets.append(pad(ids, (0, LONGEST + 1 - len(ids)), value=IGNORED))
+            ids = torch.tensor([*(self.target.get(word, UNKNOWN) for word in target), END])
+            sources, targets = found.setdefault(len(source), ([], []))
+            sources.append(torch.tensor([self.source.get(word, UNKNOWN) for word in source]))
+            targets.append(pad(ids, (0, LONGEST + 1 - len(ids)), value=IGNORED))
         return {n: (torch.stack(sources), torch.stack(targets)) for n, (sources, targets) in found.items()}
 
     def teacher(self, seed: int) -> nn.Module:
-        return fresh(lambda: Translator(len(self.source) + 2, len(self.target) + 2, 128, 2), seed + 500)
+        return fresh(lambda: Translator(len(self.source) + 3, len(self.target) + 3, 128, 2), seed + 500)
 
     def student(self, seed: int) -> nn.Module:
-        return fresh(lambda: Translator(len(self.source) + 2, len(self.target) + 2, 48, 1), seed)
+        return fresh(lambda: Translator(len(self.source) + 3, len(self.target) + 3, 48, 1), seed)
 
     def batch(self, seed: int, step: int) -> Batch:
         noise = generator(seed, step)
@@ -85,7 +84,7 @@ class Translator(nn.Module):
 
 
 def read(folder: Path, name: str) -> Pairs:
-    """Pairs of at most seven words a side, in lower case, signs apart."""
+    """Pairs of at most six words a side, in lower case, signs apart."""
     with lzma.open(folder / f"tatoeba_en-es.{name}.tsv.xz", "rt", encoding="utf-8") as file:
         lines = [line.lower().split("\t")[:2] for line in file]
     pairs = [tuple(re.findall(r"\w+|[^\w\s]", side) for side in line) for line in lines]
@@ -93,6 +92,6 @@ def read(folder: Path, name: str) -> Pairs:
 
 
 def vocabulary(sentences: tuple[list[str], ...]) -> dict[str, int]:
-    """The most frequent words, numbered from 2."""
+    """The most frequent words, numbered from 3; all others are one."""
     counts = Counter(word for sentence in sentences for word in sentence)
-    return {word: number + 2 for number, (word, _) in enumerate(counts.most_common(WORDS))}
+    return {word: number + 3 for number, (word, _) in enumerate(counts.most_common(WORDS))}

@@ -49,7 +49,7 @@ class Levels:
             and `PerRow()` stay within a row, so that removing a row moves no other; `PerTensor()` is no bucket at all.
         rounding: to the nearest level, or to a neighbour at random without bias.
     Raises:
-        SpecError: there are fewer than two levels, or too many.
+        SpecError: there are fewer than two levels, or too many; or another rounding.
     """
 
     count: int = 16
@@ -59,6 +59,8 @@ class Levels:
     def __post_init__(self) -> None:
         if not 2 <= self.count <= MAX_LEVELS:
             raise SpecError(f"Levels({self.count}): 2 to {MAX_LEVELS:,} levels are possible; 4 bits are Levels(16).")
+        if self.rounding not in (Rounding.NEAREST, Rounding.STOCHASTIC):
+            raise SpecError(f"{self.rounding}: levels are rounded to by Rounding.NEAREST or Rounding.STOCHASTIC.")
 
     @staticmethod
     def of_bits(bits: int, buckets: Buckets = PUBLISHED_BUCKETS, rounding: Rounding = Rounding.NEAREST) -> Levels:

@@ -149,6 +149,9 @@ def test_low_precision_weights_keep_their_dtype(backward: Backward) -> None:
 def test_bad_input_is_named() -> None:
     with pytest.raises(SpecError, match="2 to 65,536"):
         Levels(1)
+    for rounding in set(Rounding) - {Rounding.NEAREST, Rounding.STOCHASTIC}:
+        with pytest.raises(SpecError, match=r"Rounding\.NEAREST or Rounding\.STOCHASTIC"):
+            Levels(4, rounding=rounding)
     with pytest.raises(SpecError, match="takes noise"):
         round_to_levels(torch.ones(3), Levels(2, rounding=Rounding.STOCHASTIC))
     with pytest.raises(ShapeError, match="at least one element"):
