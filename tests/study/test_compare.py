@@ -17,6 +17,7 @@ import pytest
 from lowbits.data import prepare
 from lowbits.errors import RunError, UnknownNameError
 from lowbits.study import compare
+from lowbits.study._compare import _Machine
 from lowbits.train import Compute, Device, Run, Saving, Watching
 from tests.study.fake_training import slow_trainer, tiny_model, trainer
 
@@ -162,3 +163,14 @@ def test_with_the_real_trainer(base: Run, tmp_path: Path) -> None:
     assert set(errors) == {"weight", "input", "grad"} and errors["weight"]["sqnr_db"] > 20  # type: ignore[operator]
     assert "weights int8 per channel" in w8a8g8.quantizes and "gradients int8 per token" in w8a8g8.quantizes
     assert dict(summary.environment)["threads"]
+
+
+def test_runs_spread_over_the_gpus() -> None:
+    machine = _Machine(at_once=6, threads=1, gpus=4)
+    busy: list[int | None] = []
+    for _ in range(6):
+        busy.append(machine.idlest_gpu(busy))
+    assert busy == [0, 1, 2, 3, 0, 1]
+    busy.remove(3)
+    assert machine.idlest_gpu(busy) == 3
+    assert _Machine(2, 1, gpus=1).idlest_gpu([None]) is None and _Machine(2, 1, gpus=0).idlest_gpu([]) is None

@@ -47,7 +47,7 @@ class Compare:
         out: folder of the comparison.
         seeds: runs of each recipe; with fewer than 2 no gap can be told from chance.
         method: of the arms that name none, a module of lowbits.methods.
-        jobs: runs at a time; one on CUDA, one a core on the CPU if not given.
+        jobs: runs at a time; one a GPU, or one a core on the CPU, if not given.
         run: what all runs have in common.
     """
 

@@ -12,6 +12,7 @@ import ast
 import importlib.util
 import math
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -169,8 +170,7 @@ def quantize_operand(x: Tensor, spec: QuantSpec, noise: Tensor, role: int, dtype
     plan = plan_for(x, spec)
     if plan is None:
         return None
-    length = spec.padded(x.shape)[1]
-    inner, _, _, outer = torch.ops.lowbits.quantize_blocks(x, noise, role, length, _as_text(plan), dtype, False)
+    inner, _, _, outer = _quantized(x, noise, role, spec.padded(x.shape)[1], plan, dtype, codes=False)
     return Decoded(inner, _outer(outer, plan), spec)
 
 
@@ -179,8 +179,7 @@ def pack_operand(x: Tensor, spec: QuantSpec, noise: Tensor, role: int) -> Packed
     plan = plan_for(x, spec)
     if plan is None:
         return None
-    length = spec.padded(x.shape)[1]
-    _, codes, scales, outer = torch.ops.lowbits.quantize_blocks(x, noise, role, length, _as_text(plan), x.dtype, True)
+    _, codes, scales, outer = _quantized(x, noise, role, spec.padded(x.shape)[1], plan, x.dtype, codes=True)
     two_level = isinstance(spec.scale, TwoLevel)
     view = outer.view([1] * scales.ndim) if two_level else None
     return PackedTensor(codes, scales, spec, tuple(x.shape), None, view)
@@ -195,8 +194,21 @@ def unpack_operand(packed: PackedTensor, dtype: torch.dtype) -> Decoded | None:
     if plan.bits == 4 and length % 2:
         return None
     outer = packed.codes.new_ones((), dtype=torch.float32) if packed.outer is None else packed.outer
-    inner = torch.ops.lowbits.decode_blocks(packed.codes, packed.scale, outer, rows, length, _as_text(plan), dtype)
+    arguments = packed.codes, packed.scale, outer, rows, length
+    if torch.compiler.is_compiling():
+        inner = torch.ops.lowbits.decode_blocks(*arguments, _as_text(plan), dtype)
+    else:
+        inner = _launch_decode(*arguments, plan, dtype)
     return Decoded(inner, _outer(outer, plan), packed.spec)
+
+
+def _quantized(
+    x: Tensor, noise: Tensor, role: int, length: int, plan: _Plan, dtype: torch.dtype, *, codes: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Through torch's dispatcher where a compiler has to see an operator; it costs as much as the launches."""
+    if torch.compiler.is_compiling():
+        return torch.ops.lowbits.quantize_blocks(x, noise, role, length, _as_text(plan), dtype, codes)
+    return _launch_quantize(x, noise, role, length, plan, dtype, codes)
 
 
 def _outer(outer: Tensor, plan: _Plan) -> Tensor | None:
@@ -217,6 +229,7 @@ def _tile(plan: _Plan) -> tuple[int, int]:
     return max(64 if plan.columns <= 64 else 32, plan.rows), max(64, plan.columns, plan.rotation)
 
 
+@cache
 def _constants(plan: _Plan) -> dict[str, Any]:
     k = _kernels()
     br, bk = _tile(plan)
@@ -227,12 +240,22 @@ def _constants(plan: _Plan) -> dict[str, Any]:
     }  # fmt: skip
 
 
+@cache
 def _rotation(plan: _Plan) -> dict[str, Any]:
     log = plan.rotation.bit_length() - 1
     return {"SIGNS": plan.signs, "SCALE": plan.rotation**-0.5, "BF16": plan.bf16, "T": plan.rotation, "LOG": log}
 
 
-def _results(x: Tensor, length: int, plan: _Plan, dtype: torch.dtype, codes: bool) -> tuple[Tensor, ...]:
+@cache
+def _of_format(plan: _Plan) -> dict[str, Any]:
+    inverse = float(torch.tensor(1 / plan.largest, dtype=torch.float32))
+    rounding = getattr(_kernels(), plan.rounding)
+    return {"MAX": plan.largest, "TOP": math.frexp(plan.largest)[1] - 1, "INVERSE": inverse, "ROUNDING": rounding}
+
+
+def _results(
+    x: Tensor, length: int, plan: _Plan, dtype: torch.dtype, codes: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows, nothing = x.shape[0], x.new_empty(0)
     outer = x.new_empty((), dtype=torch.float32)
     if not codes:
@@ -244,37 +267,58 @@ def _results(x: Tensor, length: int, plan: _Plan, dtype: torch.dtype, codes: boo
     return nothing, x.new_empty(count, dtype=torch.uint8), x.new_empty(shape, dtype=stored), outer
 
 
+def _launch_quantize(
+    x: Tensor, noise: Tensor, role: int, length: int, plan: _Plan, dtype: torch.dtype, codes: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    k = _kernels()
+    assert k is not None
+    inner, stored, scales, outer = _results(x, length, plan, dtype, codes)
+    (rows, columns), (stride_r, stride_k) = x.shape, x.stride()
+    constants, rotation = _constants(plan), _rotation(plan)
+    br, bk = _tile(plan)
+    grid = (-(-length // bk), -(-rows // br))
+    whole = torch.zeros((), dtype=torch.int32, device=x.device)
+    with _current(x.device):
+        if plan.rule.startswith("TWO_LEVEL"):
+            k.amax[grid](
+                x, whole, rows, columns, stride_r, stride_k, **rotation, BR=br, BK=bk,
+                num_warps=constants["num_warps"], enable_fp_fusion=False,
+            )  # fmt: skip
+        k.quantize[grid](
+            x, noise, whole, inner, stored, scales, outer, role, rows, columns, length, stride_r, stride_k, **rotation,
+            **constants, **_of_format(plan), INNER=not codes, CODES=codes,
+        )  # fmt: skip
+    return inner, stored, scales, outer
+
+
+def _launch_decode(
+    codes: Tensor, scales: Tensor, outer: Tensor, rows: int, length: int, plan: _Plan, dtype: torch.dtype
+) -> Tensor:
+    k = _kernels()
+    assert k is not None
+    inner = codes.new_empty(rows, length, dtype=dtype)
+    br, bk = _tile(plan)
+    with _current(codes.device):
+        k.decode[(-(-length // bk), -(-rows // br))](codes, scales, outer, inner, rows, length, **_constants(plan))
+    return inner
+
+
+def _current(device: torch.device) -> torch.cuda.device | nullcontext[None]:
+    """Triton launches on the current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 @torch.library.custom_op("lowbits::quantize_blocks", mutates_args=())
 def _quantize_blocks(
     x: Tensor, noise: Tensor, role: int, length: int, plan_text: str, dtype: torch.dtype, codes: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    k, plan = _kernels(), _from_text(plan_text)
-    assert k is not None
-    inner, stored, scales, outer = _results(x, length, plan, dtype, codes)
-    (rows, columns), (stride_r, stride_k) = x.shape, x.stride()
-    constants = _constants(plan)
-    br, bk = _tile(plan)
-    grid = (math.ceil(length / bk), math.ceil(rows / br))
-    whole = torch.zeros((), dtype=torch.int32, device=x.device)
-    if plan.rule.startswith("TWO_LEVEL"):
-        k.amax[grid](
-            x, whole, rows, columns, stride_r, stride_k, **_rotation(plan), BR=br, BK=bk,
-            num_warps=constants["num_warps"], enable_fp_fusion=False,
-        )  # fmt: skip
-    top = math.frexp(plan.largest)[1] - 1
-    inverse = float(torch.tensor(1 / plan.largest, dtype=torch.float32))
-    k.quantize[grid](
-        x, noise, whole, inner, stored, scales, outer, role, rows, columns, length, stride_r, stride_k,
-        **_rotation(plan), **constants, MAX=plan.largest, TOP=top, INVERSE=inverse, ROUNDING=getattr(k, plan.rounding),
-        INNER=not codes, CODES=codes,
-    )  # fmt: skip
-    return inner, stored, scales, outer
+    return _launch_quantize(x, noise, role, length, _from_text(plan_text), dtype, codes)
 
 
 @_quantize_blocks.register_fake
 def _(
     x: Tensor, noise: Tensor, role: int, length: int, plan_text: str, dtype: torch.dtype, codes: bool
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _results(x, length, _from_text(plan_text), dtype, codes)
 
 
@@ -282,14 +326,7 @@ def _(
 def _decode_blocks(
     codes: Tensor, scales: Tensor, outer: Tensor, rows: int, length: int, plan_text: str, dtype: torch.dtype
 ) -> Tensor:
-    k, plan = _kernels(), _from_text(plan_text)
-    assert k is not None
-    inner = codes.new_empty(rows, length, dtype=dtype)
-    br, bk = _tile(plan)
-    k.decode[(math.ceil(length / bk), math.ceil(rows / br))](
-        codes, scales, outer, inner, rows, length, **_constants(plan)
-    )
-    return inner
+    return _launch_decode(codes, scales, outer, rows, length, _from_text(plan_text), dtype)
 
 
 @_decode_blocks.register_fake

@@ -10,7 +10,7 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import wait
@@ -71,7 +71,7 @@ def compare(
         base: everything that the runs have in common; its recipe and seed are replaced, and its method where an arm
             names one.
         out: the folder of the comparison.
-        jobs: runs at a time; None: one on CUDA, one a core on the CPU. The cores are shared out evenly.
+        jobs: runs at a time; None: one a GPU, one a core on the CPU. Cores and GPUs are shared out evenly.
         trainer: what carries out a run.
     Returns:
         What the report shows.
@@ -85,14 +85,15 @@ def compare(
     _check(base, jobs)
     if out.exists() and not out.is_dir():
         raise RunError(f"{out} is a file; choose a folder for --out.")
-    on_cuda = _on_cuda(base)
+    gpus = _gpus(base)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     every = _jobs_of(plans, base, out)
-    at_once = jobs or (1 if on_cuda else cores)
+    at_once = jobs or gpus or cores
     todo = [job for job in every if _open(job).status not in ("finished", "diverged")]
     _prepare(base, out, needed=bool(todo))
     _claim(out, plans, base, at_once)
-    _train_all(todo, at_once, max(1, cores // at_once), (len(every) - len(todo)) * base.steps, trainer)
+    machine = _Machine(at_once, max(1, cores // at_once), gpus)
+    _train_all(todo, machine, (len(every) - len(todo)) * base.steps, trainer)
     summary = write_report(out)
     _complain_if_all_failed(summary)
     return summary
@@ -181,29 +182,46 @@ def _prepare(base: Run, out: Path, needed: bool) -> None:
         TokenData.open(base.data)
 
 
-def _on_cuda(base: Run) -> bool:
-    """Whether the runs will be on CUDA."""
+def _gpus(base: Run) -> int:
+    """On how many GPUs the runs will be, 0 for the CPU."""
     import torch
 
     wish, available = base.compute.device, torch.cuda.is_available()
     if wish is Device.CUDA and not available:
         raise RunError("--device cuda was asked for, but torch sees no CUDA device here; use --device cpu or auto.")
-    return wish is not Device.CPU and available
+    return torch.cuda.device_count() if wish is not Device.CPU and available else 0
 
 
-def _train_all(todo: Sequence[Job], at_once: int, threads: int, done_steps: int, trainer: Trainer) -> None:
-    """Keep `at_once` processes busy until all runs have ended."""
+@dataclass(frozen=True)
+class _Machine:
+    """What the runs share: runs at a time, threads of each, GPUs of all."""
+
+    at_once: int
+    threads: int
+    gpus: int
+
+    def idlest_gpu(self, busy: Collection[int | None]) -> int | None:
+        """The GPU with the fewest runs; None where the runs are on a CPU, or there is one GPU for all."""
+        taken = list(busy)
+        return min(range(self.gpus), key=taken.count) if self.gpus > 1 else None
+
+
+def _train_all(todo: Sequence[Job], machine: _Machine, done_steps: int, trainer: Trainer) -> None:
+    """Keep as many processes busy as the machine is to bear until all runs have ended."""
     if not todo:
         return
     how, waiting = context(), list(reversed(todo))
     running: dict[Path, tuple[Job, BaseProcess]] = {}
+    gpu_of: dict[Path, int | None] = {}
     with Board(done_steps + sum(job.run.steps for job in todo), done_steps) as board, _sigterm_as_exit():
-        board.say(f"{len(todo)} runs, {at_once} at a time, {threads} threads each")
+        where = f" on {machine.gpus} GPUs" if machine.gpus > 1 else ""
+        board.say(f"{len(todo)} runs, {machine.at_once} at a time{where}, {machine.threads} threads each")
         try:
             while waiting or running:
-                while waiting and len(running) < at_once:
+                while waiting and len(running) < machine.at_once:
                     job = waiting.pop()
-                    running[job.out] = job, start(how, trainer, job.run, job.out, threads)
+                    gpu = gpu_of[job.out] = machine.idlest_gpu([gpu_of[out] for out in running])
+                    running[job.out] = job, start(how, trainer, job.run, job.out, machine.threads, gpu)
                     board.begin(job.name, job.out, job.run.steps)
                 wait([process.sentinel for _, process in running.values()], _POLL_SECONDS)
                 board.update()

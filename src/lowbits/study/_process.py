@@ -50,7 +50,7 @@ def context() -> BaseContext:
     return forking
 
 
-def start(how: BaseContext, trainer: Trainer, run: Run, out: Path, threads: int) -> BaseProcess:
+def start(how: BaseContext, trainer: Trainer, run: Run, out: Path, threads: int, gpu: int | None = None) -> BaseProcess:
     """Start a run and return its process.
 
     Args:
@@ -59,11 +59,12 @@ def start(how: BaseContext, trainer: Trainer, run: Run, out: Path, threads: int)
         run: what to do.
         out: the run's folder; what the process prints goes into `output.txt` there.
         threads: of torch.
+        gpu: which of the GPUs that are visible here is the run's; None leaves it as it is.
     """
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         (out / FAILURE).unlink(missing_ok=True)
-    process = how.Process(target=_work, args=(trainer, run, out, threads), name=str(out))  # type: ignore[attr-defined]
+    process = how.Process(target=_work, args=(trainer, run, out, threads, gpu), name=str(out))  # type: ignore[attr-defined]
     process.start()
     return process
 
@@ -98,7 +99,7 @@ def stop(processes: dict[Path, BaseProcess]) -> None:
             process.join()
 
 
-def _work(trainer: Trainer, run: Run, out: Path, threads: int) -> None:
+def _work(trainer: Trainer, run: Run, out: Path, threads: int, gpu: int | None) -> None:
     """Be the process: its own session (Ctrl-C reaches the parent alone), its own output, its share of the cores."""
     import torch
 
@@ -110,6 +111,9 @@ def _work(trainer: Trainer, run: Run, out: Path, threads: int) -> None:
         for stream in (1, 2):
             os.dup2(output.fileno(), stream)
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    if gpu is not None:  # read when CUDA is first used, which is later
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[gpu] if visible else str(gpu)
     torch.set_num_threads(threads)
     trainer(run, out, resume=True)
 
