@@ -120,7 +120,7 @@ class DiffQ(Method):
         """Put the bits into a group of their own: without decay in the library's form."""
         if self.form is Form.MATCHED:
             return bit_groups(model, weight_decay, self.penalty, self.bit_lr)
-        own = {"weight_decay": 0.0} | ({} if self.bit_lr is None else {"lr": self.bit_lr})
+        own = {"weight_decay": 0.0, "name": "bits"} | ({} if self.bit_lr is None else {"lr": self.bit_lr})
         return param_groups(
             model, weight_decay, lambda name, module, p: own if isinstance(module, LibraryNoise) else None
         )

@@ -80,6 +80,7 @@ def bit_groups(model: nn.Module, weight_decay: float, pull: float, lr: float | N
     def choose(name: str, module: nn.Module, parameter: nn.Parameter) -> dict[str, Any] | None:
         if not isinstance(module, NoisyWeight):
             return None
-        return {"weight_decay": pull} | ({} if lr is None else {"lr": lr})
+        # The name alone keeps them apart from norms and biases, which may have the same decay.
+        return {"weight_decay": pull, "name": "bits"} | ({} if lr is None else {"lr": lr})
 
     return param_groups(model, weight_decay, choose)

@@ -86,7 +86,8 @@ def _map(found: dict[str, tuple[nn.Parameter, NoisyWeight]]) -> Table:
     number = int(high / width) - first + 1
     rows = []
     for name, b in bits.items():
-        counted = torch.bincount((b / width).long().clamp(min=first) - first, minlength=number)[:number]
+        places = (b.double() / width).long() - first
+        counted = torch.bincount(places, minlength=number)
         rows.append((name, *(share if share else None for share in (counted / b.numel()).tolist())))
     heads = tuple(f"{(first + i) * width:g} -" for i in range(number))
     note = f"Share of a layer's blocks whose bits lie in an interval of {width:g}, which begins at the head's number."
