@@ -37,7 +37,7 @@ class Treat(enum.Enum):
     """What `trace` shall take an operator for that it has no rule for."""
 
     ELEMENTWISE = enum.auto()
-    """Each element of the result depends on the elements at its place alone: a quantizer, an activation function."""
+    """Each element of the result depends on the elements at its place alone: a quantizer that maps 0 to 0."""
     WHOLE = enum.auto()
     """Whatever it sees cannot be cut."""
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ from lowbits.methods.geta._layers import quantized_layers, quantizers
 from lowbits.methods.geta._quantizer import EXPONENTS, SMALLEST_RANGE, Quantizer, bits_of, step_of
 from lowbits.methods.geta._saliency import check_reachable, lowest, saliency, unit_sums
 from lowbits.methods.geta._schedule import START_BITS, Moment, Schedule, Stage, Target
+
+Score = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 TRUST = 0.01
 """Largest change of a quantizer's scalar in one step, as a share of it: its gradient is a sum over a whole tensor."""
@@ -63,15 +65,25 @@ class Qasso:
         target: sparsity and bits.
         schedule: of the stages.
         lr: learning rate of the quantizers' scalars, alpha_q.
+        score: how much units matter, from ||x||^2, <x, u>, ||u||^2 and their numbers of elements; lowest go first.
     Raises:
         SpecError: the target cannot be reached, or the model has no quantizers.
     """
 
-    def __init__(self, model: nn.Module, graph: Graph, target: Target, schedule: Schedule, lr: float = 1e-3) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        graph: Graph,
+        target: Target,
+        schedule: Schedule,
+        lr: float = 1e-3,
+        score: Score = saliency,
+    ) -> None:
         self.sizes = [dimension.size for dimension in graph.dimensions]
         schedule.check(target)
         check_reachable(self.sizes, target)
         self.model, self.graph, self.target, self.schedule, self.lr = model, graph, target, schedule, lr
+        self.score = score
         self.quantizers: list[Quantizer] = list(quantizers(model).values())
         if not self.quantizers:
             raise SpecError("Qasso: the model has no quantizers; call geta.quantize_(model) first.")
@@ -206,7 +218,7 @@ class Qasso:
         total, periods = self.target.pruned(self.graph.units), self.schedule.periods
         number = total // periods if moment.period < periods - 1 else total - (periods - 1) * (total // periods)
         live = ~self.progress.pruned.cpu()
-        chosen = lowest(saliency(*sums).cpu(), live, self.sizes, self.target, number)
+        chosen = lowest(self.score(*sums).cpu(), live, self.sizes, self.target, number)
         self.progress.doomed.copy_(chosen)
         self._doomed = None
         self._before = self.doomed_rows().gather(self._before)

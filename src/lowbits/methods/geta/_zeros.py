@@ -17,7 +17,7 @@ from torch.fx import GraphModule, Node
 from lowbits.methods.geta._axes import Axis, fix, leaves
 from lowbits.methods.geta._calls import Axes, Call
 from lowbits.methods.geta._movements import MOVE
-from lowbits.methods.geta._operators import ADDITIVE, KEEP_ZERO, MULTIPLICATIVE
+from lowbits.methods.geta._operators import ADDITIVE, COMPUTE, KEEP_ZERO, MULTIPLICATIVE
 
 Zero = list[frozenset[Axis]]
 """For every axis of a tensor the leaves whose units make the tensor vanish on their slices."""
@@ -51,12 +51,13 @@ class Vanishing:
         self.read: set[tuple[Node, int]] = set()
         self.columns: set[tuple[Node, int, Axis]] = set()
         self.zero: dict[Node, Any] = {}
+        self.sources: dict[Node, Node | None] = {}
         calls = [Call(node, axes, values) for node in module.graph.nodes if node.op == "call_function" and node in axes]
         parameters = [node for node in module.graph.nodes if node.op == "get_attr" and axes.get(node)]
         self.trainable = {node for node in parameters if getattr(_value(module, node), "requires_grad", False)}
         for call in calls:
             for operand, place in itertools.chain.from_iterable(_contractions(call)):
-                if (source := _source(operand)) is not None and source in self.trainable:
+                if (source := self._source(operand)) is not None and source in self.trainable:
                     self.read |= {(source, i) for i in self._places(source, operand, place)}
         self.read = {(node, i) for node, i in self.read if not self._is_vector(node)}
         for node in parameters:
@@ -71,6 +72,16 @@ class Vanishing:
     def zeroed(self, node: Node, axis: int, leaf: Axis) -> bool:
         """Whether the slices of a parameter along an axis are driven to zero with the units of a leaf."""
         return node in self.trainable and ((node, axis) not in self.read or (node, axis, leaf) in self.columns)
+
+    def _source(self, node: Node) -> Node | None:
+        """Return the one parameter that a tensor is made of, by moves, by scalars, by a quantizer."""
+        if node not in self.sources:
+            found: set[Node | None] = {node} if node.op == "get_attr" else {None}
+            if node.op == "call_function" and Call(node, {}, {}).name not in COMPUTE:
+                inputs = [n for n in node.all_input_nodes if isinstance(self.axes.get(n), tuple) or self.axes.get(n)]
+                found = {self._source(n) for n in inputs} or {None}
+            self.sources[node] = found.pop() if len(found) == 1 else None
+        return self.sources[node]
 
     def _is_vector(self, node: Node) -> bool:
         return len(self.axes[node]) < 2
@@ -95,7 +106,7 @@ class Vanishing:
 
     def _add_columns(self, call: Call, leaf: Axis, operands: list[tuple[Node, int]]) -> None:
         for operand, place in operands:
-            source = _source(operand)
+            source = self._source(operand)
             if source in self.trainable and source is not None:
                 found = [i for i in self._places(source, operand, place) if (source, i) in self.read]
                 if found:
@@ -232,15 +243,6 @@ def _contractions(call: Call) -> list[list[tuple[Node, int]]]:
         return [[(arguments["self"], dim)] for dim in dims]
     operands = [(arguments[name], place) for name, place in _CONTRACTED.get(call.name, ())]
     return [[(o, max(p, -len(call.known[o]))) for o, p in operands]] if operands else []
-
-
-def _source(node: Node) -> Node | None:
-    """Return the parameter that a tensor is a view of."""
-    while node.op == "call_function" and len(node.all_input_nodes) >= 1:
-        if Call(node, {}, {}).name not in (*MOVE, "to", "_to_copy", "contiguous", "clone"):
-            return None
-        node = node.all_input_nodes[0]
-    return node if node.op == "get_attr" else None
 
 
 def _value(module: GraphModule, node: Node) -> Any:
