@@ -64,7 +64,9 @@ class Images(Task):
         return (self.test_x[:2],), {}
 
     def loss(self, model: nn.Module, step: int, seed: int) -> Tensor:
-        chosen = torch.randint(0, len(self.y), (self.batch,), generator=torch.Generator().manual_seed(seed << 20 | step))
+        chosen = torch.randint(
+            0, len(self.y), (self.batch,), generator=torch.Generator().manual_seed(seed << 20 | step)
+        )
         return cross_entropy(model(self.x[chosen]), self.y[chosen])
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
@@ -119,7 +121,9 @@ class Texts(Task):
     def score(self, network: nn.Module) -> Result:
         count = len(self.test_y)
         with torch.no_grad():
-            parts = [network(**{n: v[i : i + 200] for n, v in self.test_x.items()}).logits for i in range(0, count, 200)]
+            parts = [
+                network(**{n: v[i : i + 200] for n, v in self.test_x.items()}).logits for i in range(0, count, 200)
+            ]
         return scored(torch.cat(parts), self.test_y)
 
 
@@ -152,7 +156,9 @@ def checks(runs: dict[str, list[Result]], most_lost: float) -> list[Check]:
     means = {name: mean(runs, name, "accuracy") for name in runs}
     words = {name: f"{told(runs, name, 'accuracy')} (mean {means[name]:.2f})" for name in runs}
     curve = [f"GETA {s} %, 4 to 8 bits" for s in (30, 50, 70)]
-    exact = all(r["pruned"] == int(float(n.split("%")[0].split()[-1]) / 100 * r["units"]) for n in curve for r in runs[n])
+    exact = all(
+        r["pruned"] == int(float(n.split("%")[0].split()[-1]) / 100 * r["units"]) for n in curve for r in runs[n]
+    )
     return [
         Check("A14", f"half the units, 4 to 8 bits: at most {most_lost:g} points below dense",
               f"dense {words['dense']}; GETA {words[curve[1]]}", means[curve[1]] >= means["dense"] - most_lost),
@@ -167,9 +173,10 @@ def checks(runs: dict[str, list[Result]], most_lost: float) -> list[Check]:
     ]  # fmt: skip
 
 
-def main(kind: str, folder: Path, out: Path) -> Path:
+def main(kind: str, folder: Path, out: Path, steps: int | None = None) -> Path:
     """Carry out all arms of one task."""
     task: Images | Texts = Images(folder) if kind == "image-cpu" else Texts(folder)
+    task.steps = steps or task.steps
     runs = each(out, task, ARMS)
     held = len(task.test_y)
     setting = {
