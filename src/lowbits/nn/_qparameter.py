@@ -34,10 +34,12 @@ class QParameter(Tensor):
         length: elements of a row, the last axis.
         dtype: of the gradient, and what the parameter claims to be: float32, bfloat16 or float16.
         requires_grad: whether it is trained.
+        flat: claim to have one axis; the codes lie as they are.
     Attributes:
         codes: the bytes, int8 or uint8.
         step: D.
         grid: see above.
+        row: elements of a row of codes.
         stream: name that keys the random bits of its updates; empty: its place in the optimizer does.
     """
 
@@ -45,6 +47,7 @@ class QParameter(Tensor):
     step: Tensor
     grid: Grid
     stream: str
+    row: int
 
     @staticmethod
     def __new__(  # noqa: PLR0913  the parts of one tensor
@@ -55,13 +58,16 @@ class QParameter(Tensor):
         length: int,
         dtype: torch.dtype = torch.float32,
         requires_grad: bool = False,
+        flat: bool = False,
     ) -> QParameter:
         """Wrap codes and step; nothing is copied."""
         shape = (*codes.shape[:-1], length)
+        shape = (math.prod(shape),) if flat else shape
         made = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, shape, dtype=dtype, device=codes.device, requires_grad=requires_grad
         )
         made.codes, made.step, made.grid, made.stream = codes, step, grid, ""
+        made.row = length
         return made
 
     def __init__(self, *parts: object, **named: object) -> None:
@@ -105,11 +111,12 @@ class QParameter(Tensor):
 
     def unpacked(self) -> Tensor:
         """Return the codes q, int8, of the parameter's shape; those stored one a byte are not copied."""
-        return self.grid.unpack(self.codes, self.shape[-1])
+        return self.grid.unpack(self.codes, self.row).view(self.shape)
 
     def dequantize(self) -> Tensor:  # type: ignore[override]
         """Return D q, float32: a temporary of full size."""
-        return self.unpacked().to(torch.float32) * self.step
+        codes = self.grid.unpack(self.codes, self.row)
+        return (codes.to(torch.float32) * self.step).view(self.shape)
 
     def store_(self, codes: Tensor) -> None:
         """Replace the codes.
@@ -117,7 +124,7 @@ class QParameter(Tensor):
         Args:
             codes: int8, of the parameter's shape, on its grid.
         """
-        self.codes.copy_(self.grid.pack(codes))
+        self.codes.copy_(self.grid.pack(codes.view(*self.codes.shape[:-1], self.row)))
 
     def __repr__(self, *, tensor_contents: object = None) -> str:
         step = "per row" if self.per_channel else "meta" if self.step.is_meta else f"{float(self.step):.3g}"
@@ -127,7 +134,7 @@ class QParameter(Tensor):
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Grid, int, torch.dtype]]:
         """Name the tensors within, and return the rest."""
-        return ["codes", "step"], (self.grid, self.shape[-1], self.dtype)
+        return ["codes", "step"], (self.grid, self.row, self.dtype)
 
     @staticmethod
     def __tensor_unflatten__(
@@ -181,7 +188,7 @@ class QParameter(Tensor):
         if out is not None:  # made of the same memory before
             return None
         step = gathered[1] if self.per_channel else metadata
-        return QParameter(gathered[0], step, self.grid, self.shape[-1], param_dtype), gathered
+        return QParameter(gathered[0], step, self.grid, self.row, param_dtype), gathered
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -190,7 +197,7 @@ class QParameter(Tensor):
 
         `grid` is int32: version, lowest and highest code, codes a byte, elements of a row.
         """
-        header = [_HEADER, self.grid.low, self.grid.high, self.grid.per_byte, self.shape[-1]]
+        header = [_HEADER, self.grid.low, self.grid.high, self.grid.per_byte, self.row]
         return {"codes": self.codes, "step": self.step, "grid": torch.tensor(header, dtype=torch.int32)}
 
     @torch.no_grad()
@@ -219,7 +226,7 @@ class QParameter(Tensor):
             raise CheckpointError(
                 f"{name}.step: positive and finite, got {step.flatten()[:4].tolist()}. It is damaged."
             )
-        codes = self.grid.unpack(parts["codes"], self.shape[-1])
+        codes = self.grid.unpack(parts["codes"], self.row)
         if codes.numel() and not self.grid.low <= int(codes.min()) <= int(codes.max()) <= self.grid.high:
             raise CheckpointError(
                 f"{name}.codes: within {self.grid.low} .. {self.grid.high}, got {int(codes.min())} .. "
@@ -234,9 +241,10 @@ def _words(value: object) -> object:
 
 
 def _with_codes(
-    x: QParameter, codes: Tensor, step: Tensor | None = None, dtype: torch.dtype | None = None
+    x: QParameter, codes: Tensor, step: Tensor | None = None, dtype: torch.dtype | None = None, flat: bool = False
 ) -> QParameter:
-    made = QParameter(codes, x.step if step is None else step, x.grid, x.shape[-1], dtype or x.dtype)
+    flat |= x.ndim < x.codes.ndim
+    made = QParameter(codes, x.step if step is None else step, x.grid, x.row, dtype or x.dtype, flat=flat)
     made.stream = x.stream
     return made
 
@@ -327,20 +335,21 @@ def _only_rows(func: Any, x: QParameter, dim: int) -> None:
 
 
 def _view(func: Any, args: Any, kwargs: Any) -> Any:
-    """The same shape, or flat: then the bytes themselves, which is what `fully_shard` holds on to."""
+    """The same shape, or flat, which `fully_shard` holds on to; others see the values."""
     x, size = args[0], list(args[1])
-    if size in ([-1], [x.numel()]) and x.ndim > 1:
-        return func(x.codes, [-1])
-    if math.prod(size) != x.numel() or tuple(size) != tuple(x.shape):
+    flat = size in ([-1], [x.numel()])
+    if not flat and tuple(size) != tuple(x.shape):
         return func(x.dequantize().to(x.dtype), *args[1:], **kwargs)
-    return return_and_correct_aliasing(func, args, kwargs, _with_codes(x, x.codes))
+    return return_and_correct_aliasing(func, args, kwargs, _with_codes(x, x.codes, flat=flat))
 
 
 def _as_strided(func: Any, args: Any, kwargs: Any) -> Any:
-    x, size = args[0], tuple(args[1])
-    if size != tuple(x.shape):
+    """The first rows, as they lie: `fully_shard` cuts off what filled up the last rank's."""
+    x, size, stride = args[0], tuple(args[1]), tuple(args[2])
+    offset = args[3] if len(args) > 3 else kwargs.get("storage_offset")
+    if size[1:] != tuple(x.shape[1:]) or size[0] > x.shape[0] or stride != tuple(x.stride()) or offset:
         raise SpecError(f"{func}: {x} has no other strides. Call dequantize() first.")
-    return return_and_correct_aliasing(func, args, kwargs, _with_codes(x, x.codes))
+    return return_and_correct_aliasing(func, args, kwargs, _rows(x, x.codes[: size[0]], 0))
 
 
 def _pin(func: Any, args: Any, kwargs: Any) -> Any:
