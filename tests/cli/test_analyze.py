@@ -12,9 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from lowbits.cli._subject import open_subject
 from lowbits.cli.analyze import ANALYSES, main
 from lowbits.errors import CheckpointError, DataError, LowbitsError, RunError, SpecError, UnknownNameError
-from lowbits.train import Watching, train
+from lowbits.nn import Keep, Phase, quantized_layers
+from lowbits.recipes import named
+from lowbits.train import Device, Watching, train
 from tests.train.tiny import STOCHASTIC, tiny_run, tokens
 
 LAYERS = [
@@ -165,3 +168,20 @@ def test_a_recipe_without_a_name_asks_for_one(folder: Path, tmp_path: Path) -> N
         main(["memory", str(tmp_path / "custom")])
     with pytest.raises(SpecError, match="dropout"):
         main(["memory", str(tmp_path / "custom"), "--recipe", "w8a8"])
+
+
+def test_a_run_with_kept_layers_and_phases_is_analyzed_as_trained(folder: Path, tmp_path: Path) -> None:
+    """The forward quantizers are off at the end, on at step 8, and kept layers are never under the recipe."""
+    keep, phases = Keep(last=1), (Phase(0.75, forward=False),)
+    run = tiny_run(folder / "tokens", recipe="w4_tensor", keep=keep, phases=phases)
+    result = train(run, tmp_path / "run")
+    words = ["ptq", "--batches", "2", "--batch-size", "4", "--to", "w4_tensor"]
+    assert main([*words[:1], str(tmp_path / "run"), *words[1:]]) == 0
+    found = json.loads((tmp_path / "run/analysis/ptq-step-00000012.json").read_text())
+    high_precision = found["loss"]["high_precision"]
+    assert found["loss_as_trained"] == high_precision == pytest.approx(result["val_loss_on"], rel=1e-5)
+    assert found["loss"]["w4_tensor"] != high_precision
+    subject = open_subject(tmp_path / "run/checkpoints/step-00000008", None, Device.CPU)
+    layers = quantized_layers(subject.model)
+    assert list(layers) == LAYERS[:4] and all(layer.active == named("w4_tensor") for layer in layers.values())
+    assert all(layer.passes == (True, True) for layer in layers.values())

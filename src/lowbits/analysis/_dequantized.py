@@ -26,10 +26,10 @@ def dequantized(model: nn.Module) -> Iterator[nn.Module]:
         model: converted or not; its weights are put back at the end, bit for bit.
     """
     layers = quantized_layers(model).values()
-    rounded = [(layer, layer.weight.detach().clone()) for layer in layers if layer.recipe.fprop.rhs is not None]
+    rounded = [(layer, layer.weight.detach().clone()) for layer in layers if layer.active.fprop.rhs is not None]
     try:
         for layer, _ in rounded:
-            layer.weight.data.copy_(weight_on_grid(layer, layer.recipe.fprop.rhs))
+            layer.weight.data.copy_(weight_on_grid(layer, layer.active.fprop.rhs))
         with high_precision(model):
             yield model
     finally:

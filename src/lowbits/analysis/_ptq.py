@@ -29,7 +29,7 @@ def post_training(model: nn.Module, recipe: Recipe) -> Iterator[nn.Module]:
         model: plain or converted. Linear layers, the output head excepted, are converted if none is; a converted model
             keeps its choice of layers. The weights do not change, and the model is put back at the end: a plain model
             then holds converted layers in high precision, which compute what they did.
-        recipe: only its `fprop` matters.
+        recipe: only its `fprop` matters; it is followed whatever phase the model is in.
     Raises:
         ConversionError: the model has no linear layer.
         ShapeError: a group or tile does not divide a layer's size; raised by the forward pass, names the layer.
@@ -37,15 +37,15 @@ def post_training(model: nn.Module, recipe: Recipe) -> Iterator[nn.Module]:
     if not quantized_layers(model):
         convert_(model, Recipe(), verbose=False)
     layers = quantized_layers(model).values()
-    before = [layer.recipe for layer in layers]
+    before = [(layer.passes, layer.recipe) for layer in layers]
     try:
         for layer in layers:
-            layer.recipe = Recipe(fprop=recipe.fprop)
+            layer.passes, layer.recipe = (True, True), Recipe(fprop=recipe.fprop)
         with evaluating(model):
             yield model
     finally:
         for layer, own in zip(layers, before, strict=True):
-            layer.recipe = own
+            layer.passes, layer.recipe = own
 
 
 def compare_post_training(

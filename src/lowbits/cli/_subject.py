@@ -7,7 +7,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from lowbits import models
 from lowbits.analysis import provenance
 from lowbits.data import TokenData, check_vocabulary
 from lowbits.errors import CheckpointError, DataError, RunError
-from lowbits.nn import convert_, set_step_
+from lowbits.nn import Keep, Phase, convert_, phase_at, set_phase_, set_step_
 from lowbits.train import Device, Run, newest_intact, verify
 
 if TYPE_CHECKING:
@@ -131,9 +131,26 @@ def open_subject(path: Path, recipe: str | None, device: Device) -> Subject:
         run = Run(recipe=name, quantize_head=head, split_qkv=split)
         seed = config.get("seed", 0)
         choose = run.choose(model.get_output_embeddings())
-        convert_(model, choose, seed=seed if isinstance(seed, int) else 0, verbose=False)
+        convert_(model, choose, keep=_keep_of(config), seed=seed if isinstance(seed, int) else 0, verbose=False)
         set_step_(model, 0)
+        phase = Phase(0) if recipe else _last_phase(config, source)
+        set_phase_(model, forward=phase.forward, backward=phase.backward)
     return Subject(model.eval().to(where), source, home, config, name, where)  # type: ignore[arg-type]
+
+
+def _keep_of(config: dict[str, Any]) -> Keep:
+    """The layers that the run kept in high precision; none for a run of before there was the option."""
+    told = config.get("keep", {})
+    return Keep(**{**told, "names": tuple(told.get("names", ()))})
+
+
+def _last_phase(config: dict[str, Any], source: Path) -> Phase:
+    """The phase of the last step before the checkpoint."""
+    phases = [Phase(**told) for told in config.get("phases", ())]
+    if not phases:
+        return Phase(0)
+    done = _read(source / "trainer.json")["progress"]["step"]  # type: ignore[index, call-overload]
+    return phase_at(phases, done - 1, config["steps"])
 
 
 def _locate(path: Path) -> tuple[Path, Path, dict[str, object]]:

@@ -53,7 +53,7 @@ class QuantizedLinear(nn.Linear):
 
     Attributes:
         recipe: the layer's own; assign `Recipe()` to switch the quantizers off.
-        passes: whether the forward and the backward pass follow the recipe, as `set_phase_` says.
+        passes: whether the forward and the backward pass follow the recipe; `set_phase_` sets it.
         active: what the layer computes: the recipe without the operands of a pass that is off.
         layer_name: the module's path, which names it in errors and keys its random bits.
         observer: called with role (`fprop.lhs`, ...), operand and its quantized form, whenever the forward pass or its
