@@ -26,6 +26,7 @@ from lowbits.quantizers import PerBlock, PerGroup, PerRow, PerTensor, Rounding
 
 SELF, NONE, CACHED = "self", "none", "cached"
 _SOURCE = "_distillation_source"
+UNQUANTIZED = 32  # bits of weights that stay as they are
 
 
 class Cut(Enum):

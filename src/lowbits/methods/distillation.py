@@ -23,6 +23,7 @@ from lowbits.methods._contract import Method, Position, Table
 from lowbits.methods._distillation_loss import KlMean, Mixing, TopK, distillation_loss
 from lowbits.methods._distilled_runs import (
     SELF,
+    UNQUANTIZED,
     Cut,
     Ends,
     attach_source_,
@@ -79,7 +80,8 @@ class QuantizedDistillation(Method):
     Args:
         teacher: `self`, the model's own weights at the start, in high precision (with --model FOLDER the trained model
             teaches its own few bits); `none`, labels alone; `cached`, what `cache` holds; or a transformers folder.
-        bits: of a level's number; 2^bits levels.
+        bits: of a level's number, 2^bits levels, 1 to 16; 32 for distillation alone, of a student whose few bits are
+            its recipe's.
         cut: what shares a range.
         size: of a bucket or group.
         rounding: to levels in training; evaluation and files are on the nearest.
@@ -107,6 +109,8 @@ class QuantizedDistillation(Method):
         """Attach the teacher, then let the layers see their weights quantized."""
         mixing = Mixing(self.weight, self.temperature)
         attach_source_(model, self.teacher, self.cache, self.classes, mixing.temperature)
+        if self.bits == UNQUANTIZED:
+            return
         levels = Levels.of_bits(self.bits, self.cut.buckets(self.size), self.rounding)
         chosen = levels_of(model, levels.count, levels.buckets, levels.rounding, self.ends)
         quantize_weights_(model, chosen, backward=self.backward, seed=seed)
@@ -121,11 +125,11 @@ class QuantizedDistillation(Method):
 
     def metrics(self, model: nn.Module) -> dict[str, float]:
         """Return the error of the weights and the entropy of their codes."""
-        return weight_metrics(model)
+        return {} if self.bits == UNQUANTIZED else weight_metrics(model)
 
     def tables(self, model: nn.Module) -> tuple[Table, ...]:
         """Return where the bytes of the model would be."""
-        return (size_table(model),)
+        return () if self.bits == UNQUANTIZED else (size_table(model),)
 
 
 def example() -> QuantizedDistillation:

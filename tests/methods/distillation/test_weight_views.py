@@ -16,7 +16,10 @@ from lowbits.export import load_coded, save_coded
 from lowbits.methods._weight_views import matrices
 from lowbits.methods.distillation import (
     Levels,
+    Mixing,
+    Teacher,
     coded_model,
+    distillation_loss,
     encode,
     master_weights,
     quantize_weights_,
@@ -186,6 +189,30 @@ def test_composes_with_recipes_and_eight_bit_optimizers() -> None:
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
     assert any(t.dtype == torch.uint8 for s in optimizer.state.values() for t in s.values() if torch.is_tensor(t))
+
+
+@pytest.mark.parametrize("recipe", ["nvfp4", "w4a4", "fp8_rowwise"])
+def test_a_teacher_in_high_precision_draws_its_few_bits_nearer(recipe: str) -> None:
+    """Distillation of any recipe, with quantized weights below it or not."""
+    model, ids = gpt2(), torch.randint(0, 32, (8, 16))
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(60):
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    teacher = Teacher(copy.deepcopy(model))
+    convert_(model, recipes.named(recipe), verbose=False)
+    quantize_weights_(model, Levels(16, PerGroup(8)))
+    optimizer = AdamW8bit(param_groups(model, 0.0), lr=2e-3, min_8bit_size=64)
+    losses = []
+    for step in range(25):
+        set_draw_(model, step)
+        loss = distillation_loss(model(ids).logits[:, :-1], teacher(ids)[:, :-1], ids[:, 1:], Mixing(1.0, 1.0))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert sum(losses[-5:]) / 5 < 0.75 * losses[0]
 
 
 def test_moment_codecs_of_a_recipe_reach_the_master_weight() -> None:
