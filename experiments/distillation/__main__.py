@@ -6,6 +6,10 @@
     python -m experiments.distillation translation --data path/to/pairs --out runs/distillation
     python -m experiments.distillation images      --data path/to/cifar10 --weights resnet20.npz --out runs/distillation
 
+    lowbits data prepare encyclopedia.txt --vocab-size 8192 --out runs/data/encyclopedia
+    python -m experiments.distillation text-gpu --data runs/data/encyclopedia --out runs/distillation-gpu
+    python -m experiments.distillation images-gpu --data path/to/cifar10 --weights resnet20.npz --out runs/distilled
+
 Three seeds each; runs that are there are not repeated. Each command writes benchmarks/results/<device>/
 distillation_<task>.json. Learning rates and lengths were chosen on seed 100, which is not among the three.
 """
@@ -36,24 +40,35 @@ def make(told: argparse.Namespace) -> arms.Task:
             from experiments.distillation.translation import Translation
 
             return Translation(told.data)
-        case _:
+        case "images":
             from experiments.distillation.images import Images
 
             return Images(told.data, told.weights, told.out / "resnet20-logits")
+        case _:
+            from experiments.distillation.images import PublishedStudent
+
+            return PublishedStudent(told.data, told.weights, told.out / "resnet20-logits", "cuda")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task", choices=["digits", "text", "translation", "images"])
+    parser.add_argument("task", choices=["digits", "text", "translation", "images", "text-gpu", "images-gpu"])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--weights", type=Path, help="of the trained ResNet-20, for images")
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     told = parser.parse_args()
-    torch.set_num_threads(1)
     told.out.mkdir(parents=True, exist_ok=True)
+    if told.task == "text-gpu":
+        from experiments.distillation import gpu
+
+        gpu.main(gpu.Setting(str(told.data), told.out), list(told.seeds))
+        return
+    torch.set_num_threads(1)
     task = make(told)
-    checks.write(task, arms.all_seeds(task, told.out, told.seeds), torch.device("cpu"))
+    runs = arms.all_seeds(task, told.out, told.seeds)
+    if len(told.seeds) == len(SEEDS):
+        checks.write(task, runs, torch.device("cuda" if told.task == "images-gpu" else "cpu"))
 
 
 if __name__ == "__main__":

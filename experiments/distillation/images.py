@@ -21,11 +21,12 @@ class Images(Task):
     """Classification of images, mirrored at random; the teacher sees each image and its mirror image once."""
 
     name, unit, higher_is_better = "images", "accuracy, %", True
-    plan = Plan(bits=(4, 2), qd=("256",), steps=600, teacher_steps=0, dq_steps=100, lr=5e-3, teacher_lr=0.0)
+    plan = Plan(bits=(4, 2), qd=("256",), steps=400, teacher_steps=0, dq_steps=60, lr=5e-3, teacher_lr=0.0)
 
-    def __init__(self, folder: Path, weights: Path, cache: Path) -> None:
-        self.images, self.labels = mosaic(folder, "train_10000")
-        self.test, self.truth = mosaic(folder, "test_10000")
+    def __init__(self, folder: Path, weights: Path, cache: Path, device: str = "cpu") -> None:
+        self.images, self.labels = (part.to(device) for part in mosaic(folder, "train_10000"))
+        self.test, self.truth = (part.to(device) for part in mosaic(folder, "test_10000"))
+        self.device = device
         self.weights = weights
         self.cache = TeacherCache.create(cache, CacheSettings("ResNet-20", 10, 10, self.plan.temperature))
 
@@ -33,13 +34,16 @@ class Images(Task):
         model = ResNet20()
         with np.load(self.weights) as stored:
             model.load_state_dict({key: torch.from_numpy(stored[key]) for key in stored}, strict=False)
-        teacher = Teacher(model)
+        teacher = Teacher(model.to(self.device))
         for begin in range(0, len(self.images), 500):  # goes on where an earlier run ended
             for flip in (0, 1):
                 keys = [2 * i + flip for i in range(begin, begin + 500)]
                 if self.cache.missing(keys):
                     x = self.images[begin : begin + 500]
                     self.cache.append(keys, teacher(x.flip(3) if flip else x))
+        all_ = self.cache.read(list(range(2 * len(self.images))))
+        log_probs, classes, rest = (part.to(self.device) for part in (all_.log_probs, all_.classes, all_.rest))
+        self.told = TopK(log_probs, classes, rest, all_.num_classes, all_.temperature)
         return model
 
     def student(self, seed: int) -> nn.Module:
@@ -49,12 +53,12 @@ class Images(Task):
                 layers += [nn.Conv2d(wide, narrow, 3, 2, 1), nn.BatchNorm2d(narrow), nn.ReLU()]
             return nn.Sequential(*layers, nn.Flatten(), nn.Linear(48 * 16, 10))
 
-        return fresh(make, seed)
+        return fresh(make, seed).to(self.device)
 
     def drawn(self, seed: int, step: int) -> tuple[Tensor, bool]:
         noise = generator(seed, step)
         flip = bool(torch.rand((), generator=noise) < 0.5)
-        return torch.randint(0, len(self.images), (BATCH,), generator=noise), flip
+        return torch.randint(0, len(self.images), (BATCH,), generator=noise).to(self.device), flip
 
     def batch(self, seed: int, step: int) -> Batch:
         rows, flip = self.drawn(seed, step)
@@ -63,11 +67,29 @@ class Images(Task):
 
     def soft(self, teacher: Teacher, seed: int, step: int, inputs: tuple[Tensor, ...]) -> TopK:
         rows, flip = self.drawn(seed, step)
-        return self.cache.read([2 * i + flip for i in rows.tolist()])
+        all_, keys = self.told, 2 * rows + int(flip)
+        return TopK(all_.log_probs[keys], all_.classes[keys], all_.rest[keys], all_.num_classes, all_.temperature)
 
     def score(self, model: nn.Module) -> float:
         found = torch.cat([model(self.test[i : i + 1000]).argmax(1) for i in range(0, len(self.test), 1000)])
         return 100 * (found == self.truth).double().mean().item()
+
+
+class PublishedStudent(Images):
+    """The paper's first student, 1 M parameters, for a GPU; but from 10,000 images, and a ResNet-20 teaches."""
+
+    name = "images_gpu"
+    plan = Plan(bits=(4, 2), qd=("256",), steps=3000, teacher_steps=0, dq_steps=400, lr=2e-3, teacher_lr=0.0)
+
+    def student(self, seed: int) -> nn.Module:
+        def make() -> nn.Sequential:
+            layers: list[nn.Module] = []
+            for wide, narrow, pool in ((3, 75, 2), (75, 50, 1), (50, 50, 2), (50, 25, 1)):
+                layers += [nn.Conv2d(wide, narrow, 5, padding=2), nn.BatchNorm2d(narrow), nn.ReLU(), nn.MaxPool2d(pool)]
+            head = [nn.Flatten(), nn.Linear(25 * 64, 500), nn.BatchNorm1d(500), nn.ReLU(), nn.Linear(500, 10)]
+            return nn.Sequential(*layers, *head)
+
+        return fresh(make, seed).to(self.device)
 
 
 class Block(nn.Module):
