@@ -21,7 +21,7 @@ class Images(Task):
     """Classification of images, mirrored at random; the teacher sees each image and its mirror image once."""
 
     name, unit, higher_is_better = "images", "accuracy, %", True
-    plan = Plan(bits=(4, 2), qd=("256",), steps=400, teacher_steps=0, dq_steps=60, lr=5e-3, teacher_lr=0.0)
+    plan = Plan(bits=(4, 2), qd=("256",), steps=200, teacher_steps=0, dq_steps=50, lr=5e-3, teacher_lr=0.0)
 
     def __init__(self, folder: Path, weights: Path, cache: Path, device: str = "cpu") -> None:
         self.images, self.labels = (part.to(device) for part in mosaic(folder, "train_10000"))
