@@ -26,6 +26,7 @@ from lowbits.errors import ConversionError, SpecError
 from lowbits.formats import DYNAMIC4, DYNAMIC8, E5M2, INT8, TERNARY, UDYNAMIC8, ULINEAR4
 from lowbits.methods._code_meter import CodeMeter, Occupancy, alarms, mean_of, occupancy
 from lowbits.methods._contract import Method, Position, Table
+from lowbits.methods._materialize import materialize_
 from lowbits.nn import (
     Execution,
     Grid,
@@ -52,6 +53,7 @@ __all__ = [
     "alarms",
     "codes_of",
     "example",
+    "materialize_",
     "occupancy",
     "quantize_",
     "rescale_",

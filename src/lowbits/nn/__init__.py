@@ -11,7 +11,7 @@ from lowbits.nn._linear import QuantizedConv1D, QuantizedLayer, QuantizedLinear
 from lowbits.nn._phase import Phase, check_phases, phase_at
 from lowbits.nn._qparameter import QParameter
 from lowbits.nn._recipe import Gemm, Recipe, Save
-from lowbits.nn._steps_of_weights import StepInit, StepRule, quantize_parameter
+from lowbits.nn._steps_of_weights import StepInit, StepRule, normal_parameter, normal_values, quantize_parameter
 from lowbits.nn._sub_norm import sub_norm_
 from lowbits.nn._weight_view import WeightView
 
@@ -41,6 +41,8 @@ __all__ = [
     "grid_linear_",
     "high_precision",
     "moved",
+    "normal_parameter",
+    "normal_values",
     "phase_at",
     "quantize_parameter",
     "quantized_layers",

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from enum import Enum
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor
 from lowbits.errors import SpecError
 from lowbits.nn._grid import Grid, rounded
 from lowbits.nn._qparameter import QParameter
+from lowbits.quantizers import Noise
 
 FLOOR = 1e-5
 """The smallest extent that the published code divides by."""
@@ -104,3 +107,68 @@ def quantize_parameter(
     step = init.step(weight, grid)
     codes = rounded(weight.float() / step, grid, None)
     return QParameter.of(codes, step, grid, dtype or weight.dtype)
+
+
+_CHUNK = 1 << 24  # elements drawn at a time
+
+
+def normal_values(shape: Sequence[int], sigma: float, noise: Noise, device: torch.device, first: int = 0) -> Tensor:
+    """Draw from N(0, sigma^2), by the inverse of its distribution function at `Noise.uniform`.
+
+    Args:
+        shape: of the result.
+        sigma: standard deviation.
+        noise: the stream.
+        device: of the result.
+        first: index of the first element in the whole tensor, where this is a chunk of it.
+    Returns:
+        float32; at most 5.4 sigma, since the draws have 24 bits.
+    """
+    u = noise.uniform(shape, 0, offset=first, device=device) + 2.0**-25  # the middle of its step: never 0, never 1
+    return torch.special.ndtri(u) * sigma
+
+
+def normal_parameter(
+    shape: Sequence[int],
+    grid: Grid,
+    sigma: float,
+    noise: Noise,
+    *,
+    init: StepInit | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cpu",
+) -> QParameter:
+    """Draw a weight from N(0, sigma^2) straight into codes: no float tensor of its size ever exists.
+
+    The step is that of the rule for the distribution, not for the sample: E|W| = 0.798 sigma in place of the mean.
+
+    Args:
+        shape: of the weight, at least one axis.
+        grid: of the codes.
+        sigma: standard deviation.
+        noise: the stream of this weight.
+        init: how the step comes about; None: the published rule. Three sigma stand for the largest magnitude.
+        dtype: of the gradient.
+        device: where it is made and stays.
+    Raises:
+        SpecError: sigma is not positive.
+    """
+    if not sigma > 0:
+        raise SpecError(f"normal_parameter: sigma is positive, got {sigma}.")
+    init, device = init or StepInit(), torch.device(device)
+    rule = replace(init, sigma_of_zeros=sigma)
+    step = rule.step(torch.zeros(*[1] * len(shape), device=device), grid)
+    if init.per_channel and len(shape) > 1:
+        step = step.expand(shape[0], *[1] * (len(shape) - 1))
+    row = math.prod(shape[1:])
+    stored = torch.empty(*shape[:-1], grid.row_bytes(shape[-1]), dtype=grid.dtype, device=device)
+    made = QParameter(stored, step.contiguous(), grid, shape[-1], dtype, True)
+    rows = max(1, _CHUNK // max(1, row)) if len(shape) > 1 else shape[0]
+    for start in range(0, shape[0], rows):
+        part = (min(rows, shape[0] - start), *shape[1:])
+        values = normal_values(part, sigma, noise, device, start * row)
+        of_rows = step[start : start + rows] if made.per_channel else step
+        (stored[start : start + rows] if len(shape) > 1 else stored).copy_(
+            grid.pack(rounded(values / of_rows, grid, None))
+        )
+    return made
