@@ -22,7 +22,7 @@ from lowbits.methods._pseudo_noise._draw import PseudoNoise, half_normal
 from lowbits.methods._pseudo_noise._formats import Operator, top_exponent
 from lowbits.methods._pseudo_noise._numerics import FEWEST_BITS, Plan
 
-_TILE = 4096  # elements of a program
+_TILE, _WARPS = 4096, 4  # elements and warps of a program
 _DISTRIBUTIONS = {PseudoNoise.ROUNDED_NORMAL: 0, PseudoNoise.UNIFORM: 1, PseudoNoise.NORMAL: 2}
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -105,6 +105,7 @@ def _constants(plan: Plan) -> dict[str, Any]:
         "BR": plan.block[0],
         "BC": plan.block[1],
         "NB": _side_by_side(plan),
+        "num_warps": _WARPS,
         "enable_fp_fusion": False,
     }
 
