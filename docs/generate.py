@@ -11,6 +11,7 @@ import inspect
 import json
 import math
 import re
+import runpy
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import compress
@@ -379,6 +380,64 @@ def origin(name: str) -> str:
     return f"{told['device']}, torch {told['versions']['torch']}; file: `{path.relative_to(ROOT).as_posix()}`."
 
 
+DISTILLED = ["digits", "images", "text", "translation", "text_gpu", "images_gpu"]
+
+
+def distillation(task: str) -> dict[str, Any] | None:
+    """A results file of experiments/distillation; None while there is none."""
+    files = sorted((ROOT / "benchmarks" / "results").glob(f"*/distillation_{task}.json"))
+    return {**json.loads(files[0].read_text(encoding="utf-8")), "path": files[0]} if files else None
+
+
+def distillation_checks() -> str:
+    """Every ordering that was checked, on every task."""
+    rows = [
+        [task.replace("_gpu", ", H200"), c["id"], c["statement"], c["measured"], c["seeds"],
+         "yes" if c["holds"] else "**no**"]
+        for task in DISTILLED for c in (distillation(task) or {"checks": []})["checks"]
+    ]  # fmt: skip
+    return table(["task", "check", "claim", "advantage: mean (by seed)", "seeds", "holds"], rows)
+
+
+def distillation_arms(task: str) -> str:
+    """Every arm of a task by seed."""
+    found = distillation(task)
+    if found is None:
+        return "Not measured yet.\n"
+    digits = 2 if found["higher_is_better"] else 4
+    rows = []
+    for name, results in found["runs"].items():
+        scores = [result["score"] for result in results]
+        shown = " ".join(f"{score:.{digits}f}" for score in scores)
+        rows.append([name, shown, f"{mean(scores):.{digits}f} ± {stdev(scores):.{digits}f}"])
+    told, path = found["provenance"], found["path"].relative_to(ROOT).as_posix()
+    words = f"{told['device']}, torch {told['versions']['torch']}; file: `{path}`."
+    return f"{table(['arm', found['unit'] + ', by seed', 'mean'], rows)}\n{words}\n"
+
+
+def distillation_sizes() -> str:
+    """Bytes of the 4-bit and 2-bit students: files as written, and the published formula."""
+    rows = []
+    for task in DISTILLED:
+        for name, results in (distillation(task) or {"runs": {}})["runs"].items():
+            one = results[0]
+            if name.startswith("quantized distillation, ") and "stochastic" not in name and "packed_bytes" in one:
+                sizes = [f"{one[key]:,.0f}" for key in ("packed_bytes", "huffman_bytes", "published_bytes")]
+                bits = [f"{one['code_bits']:.3f}", f"{one['entropy']:.3f}", f"{one['ratio']:.2f}"]
+                rows.append([f"{task}, {name.removeprefix('quantized distillation, ')}", *sizes, *bits])
+    header = ["student, seed 0", "packed file, bytes", "Huffman file, bytes", "published formula, bytes",
+              "Huffman bits a code", "entropy", "times smaller"]  # fmt: skip
+    return table(header, rows, "---:")
+
+
+def distillation_speed() -> str:
+    """Decoding and steps on the GPU."""
+    found = distillation("text_gpu")
+    if found is None:
+        return "Not measured yet.\n"
+    return table(["measured", ""], [[name, f"{value:.4g}"] for name, value in found["speed"].items()], "---:")
+
+
 def model_size(row: dict[str, Any]) -> str:
     """Return parameters, depth and width of a model, or that there is none."""
     return f"{row['parameters'] / 1e9:.2f} B ({row['layers']} x {row['width']})" if "parameters" in row else "-"
@@ -436,6 +495,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "eightbit memory whole": partial(eightbit_memory, checkpointed=False),
     "eightbit memory check": eightbit_memory_check,
     "eightbit gpu": eightbit_gpu,
+    "distillation checks": distillation_checks,
+    "distillation sizes": distillation_sizes,
+    "distillation speed": distillation_speed,
+    **{f"distillation {task}": partial(distillation_arms, task) for task in DISTILLED},
+    **runpy.run_path(str(ROOT / "docs" / "gaussws_tables.py"))["TABLES"],
     **{f"recipes {family}": partial(recipe_table, family) for family in recipes.FAMILIES},
 }
 

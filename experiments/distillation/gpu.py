@@ -140,8 +140,9 @@ def speed(setting: Setting) -> dict[str, float]:
 def decoding(setting: Setting, folder: Path, device: torch.device) -> float:
     model = models.build(str(folder), 0, setting.block, 0).to(device, torch.bfloat16).eval()
     prompt = torch.zeros(1, 16, dtype=torch.int64, device=device)
-    new: dict[str, Any] = {"max_new_tokens": 128, "min_new_tokens": 128, "do_sample": False, "pad_token_id": 0}
-    return 128 / median_seconds(device, lambda: model.generate(prompt, **new), 5)
+    count = min(128, setting.block - 16)
+    new: dict[str, Any] = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}
+    return count / median_seconds(device, lambda: model.generate(prompt, **new), 5)
 
 
 def stepping(setting: Setting, folder: Path, device: torch.device, levels: Levels | None) -> float:
