@@ -18,7 +18,7 @@ from lowbits.data import TokenData
 from lowbits.errors import DataError, RunError, ShapeError
 from lowbits.formats import INT8
 from lowbits.nn import Gemm, Recipe
-from lowbits.quantizers import PerGroup, QuantSpec
+from lowbits.quantizers import AbsMean, PerGroup, QuantSpec
 from lowbits.train import Autocast, Compute, Device, Run, Watching, checkpoints, train
 from tests.train import tiny
 from tests.train.tiny import STOCHASTIC, log_lines, state_bytes, tiny_run
@@ -188,8 +188,8 @@ def test_compiled_blocks_compute_the_same(tiny_tokens: Path, tmp_path: Path) -> 
 
 def test_what_cannot_start_leaves_nothing(tiny_tokens: Path, tmp_path: Path) -> None:
     """Every refusal comes before the folder is made."""
-    group = Recipe(fprop=Gemm(None, QuantSpec(INT8, PerGroup(7))))
-    tokens = Recipe(wgrad=Gemm(QuantSpec(INT8, PerGroup(48)), None))  # 2 x 32 of them in a micro-batch
+    group = Recipe(fprop=Gemm(None, QuantSpec(INT8, PerGroup(7), AbsMean())))
+    tokens = Recipe(wgrad=Gemm(QuantSpec(INT8, PerGroup(48), AbsMean()), None))  # 2 x 32 of them in a micro-batch
     refused = {
         RunError: [{"batch_size": 5}, {"split_qkv": True, "model": "llama-15m"}],
         ShapeError: [{"recipe": group}, {"recipe": tokens}],
