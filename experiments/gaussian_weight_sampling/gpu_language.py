@@ -140,9 +140,10 @@ def main(data: str, out: Path, names: Sequence[str] | None, steps: int, seeds: i
     words = {arm: "bf16" if method == "none" else f"bf16+{method}" for arm, method in ARMS.items()}
     for name in names or MODELS:
         run, folder = run_of(name, data, steps), out / name
-        compare(list(words.values()), range(seeds), run, folder, jobs=jobs)
+        summary = compare(list(words.values()), range(seeds), run, folder, jobs=jobs)
+        found = {arm.name: arm.runs for arm in summary.arms}
         costs = {
-            arm: [costs_of(run, ARMS[arm], seed, folder / words[arm] / f"seed-{seed}") for seed in range(seeds)]
-            for arm in ARMS
+            arm: [costs_of(run, method, made.seed, folder / made.directory) for made in found[words[arm]]]
+            for arm, method in ARMS.items()
         }
         report(name, run, folder, costs)

@@ -78,7 +78,7 @@ def test_casts_of_a_finished_run(data: TokenData, tmp_path: Path, monkeypatch: p
     assert found["loss"] == pytest.approx(result["val_loss_on"], abs=1e-3)
     assert found == gpu_language.costs_of(run, "gaussws", 0, tmp_path / "run") and 5.9 < found["bits"] < 6.1
     model = gpu_language.trained(run, "gaussws", 0, tmp_path / "run", data.vocab_size)
-    assert len(noisy(model)) == 4 * 2 and not model.training
+    assert len(noisy(model)) == 4 * 4 and not model.training
 
 
 def test_every_arm_of_the_larger_models_exists() -> None:
