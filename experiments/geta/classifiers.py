@@ -79,7 +79,7 @@ class Images(Task):
 
 
 class Texts(Task):
-    name, steps, batch, lr, length, words = "text", 600, 32, 1.5e-3, 32, 4000
+    name, steps, batch, lr, length, words = "text", 400, 32, 1.5e-3, 32, 4000
 
     def __init__(self, folder: Path) -> None:
         train, labels = sentences(folder, "train")

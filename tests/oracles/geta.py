@@ -53,11 +53,20 @@ def step(b: float, q: float, t: float) -> float:
     return q**t / (2 ** (b - 1) - 1)
 
 
+ETA, XI, SHRINK = 0.999, 0.9, 0.8
+
+
 def rule(
-    a: float, beta: float, size: float, e: Sequence[float], finest: Sequence[float], coarsest: Sequence[float],
-    uniform: float, eta: float = 0.999, xi: float = 0.9, shrink: float = 0.8,
-) -> tuple[float, list[float]]:  # fmt: skip
+    a: float,
+    beta: float,
+    size: float,
+    e: Sequence[float],
+    finest: Sequence[float],
+    coarsest: Sequence[float],
+    uniform: float,
+) -> tuple[float, list[float]]:
     """Return gamma and the step of every layer of one dimension; a > 0."""
+    eta, xi, shrink = ETA, XI, SHRINK
     if size <= 1e-12:
         gamma = 0.0
     elif beta >= 0:

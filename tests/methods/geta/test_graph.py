@@ -16,7 +16,7 @@ from lowbits.methods import geta
 from lowbits.methods.geta import _axes as axes
 from tests.methods.geta.zoo import Mixed, built, example, outputs, random_keep
 
-# --- axes ---------------------------------------------------------------------------------------------------------------
+# --- axes ---
 
 
 def test_axes_follow_each_other_through_refinement() -> None:
@@ -53,7 +53,7 @@ def test_what_does_not_fit_is_fixed_with_the_reason() -> None:
     assert [leaf.fixed for leaf in axes.leaves(other)] == ["first", "first"]
 
 
-# --- architectures ------------------------------------------------------------------------------------------------------
+# --- architectures ---
 
 
 @pytest.mark.parametrize("name, sizes", [
@@ -81,7 +81,9 @@ def test_members_and_reasons() -> None:
     assert index["q_proj.weight"].tolist() == [i // 16 for i in range(48)]
     assert index["k_proj.weight"].tolist() == [i // 8 for i in range(24)]
     reasons = {(kept.name, kept.size): kept.reason for kept in graph.kept}
-    assert "statistic" in reasons["model.embed_tokens", 24] and "looked up by number" in reasons["model.embed_tokens", 32]
+    assert (
+        "statistic" in reasons["model.embed_tokens", 24] and "looked up by number" in reasons["model.embed_tokens", 32]
+    )
     assert "output" in reasons["lm_head", 32] and "node" in reasons["model.embed_tokens", 24]
     with pytest.raises(UnknownNameError, match="did you mean 'model.layers.1.mlp.gate_proj'"):
         graph.dimension("model.layers.1.mlp.gate")
@@ -120,7 +122,7 @@ def test_what_shall_be_kept_is_kept() -> None:
         geta.trace(model, (torch.ones(2, 3, 8, 8),), keep=["99.weight"])
 
 
-# --- quantizers in the graph --------------------------------------------------------------------------------------------
+# --- quantizers in the graph ---
 
 
 def units(graph: geta.Graph) -> set[frozenset[tuple[str, int, tuple[int, ...]]]]:
@@ -144,7 +146,9 @@ class Opaque(nn.Module):
         self.step = nn.Parameter(torch.tensor(0.1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layer[0]._conv_forward(fake_quantize(x, self.step), fake_quantize(self.weight, self.step), self.bias)
+        return self.layer[0]._conv_forward(
+            fake_quantize(x, self.step), fake_quantize(self.weight, self.step), self.bias
+        )
 
 
 def test_quantizers_in_the_model_change_no_unit() -> None:
@@ -167,7 +171,7 @@ def test_quantizers_in_the_model_change_no_unit() -> None:
     assert units(geta.trace(model, (x,))) == units(plain)
 
 
-# --- what cannot be traced ----------------------------------------------------------------------------------------------
+# --- what cannot be traced ---
 
 
 class Sorting(nn.Module):
@@ -185,7 +189,9 @@ class Deciding(Sorting):
 
 
 def test_errors_name_the_node_and_the_remedy() -> None:
-    with pytest.raises(ConversionError, match=r"node roll, operator roll: no rule.*rules=\{'roll': Treat.ELEMENTWISE\}"):
+    with pytest.raises(
+        ConversionError, match=r"node roll, operator roll: no rule.*rules=\{'roll': Treat.ELEMENTWISE\}"
+    ):
         geta.trace(Sorting(), (torch.ones(2, 4),))
     with pytest.raises(ConversionError, match="nothing in it can be cut. For example a: no rule says"):
         geta.trace(Sorting(), (torch.ones(2, 4),), rules={"roll": geta.Treat.WHOLE})
@@ -203,7 +209,7 @@ def test_a_wrong_rule_is_found_out() -> None:
         geta.construct(graph, model, torch.arange(6) != 2)
 
 
-# --- random networks ----------------------------------------------------------------------------------------------------
+# --- random networks ---
 
 
 class Random(nn.Module):
@@ -223,7 +229,9 @@ class Random(nn.Module):
     @staticmethod
     def _layer(kind: int, inputs: int, width: int) -> nn.Module:
         if kind == 1:  # residual
-            return nn.Sequential(nn.Conv2d(inputs, width, 1), nn.BatchNorm2d(width), nn.SiLU(), nn.Conv2d(width, inputs, 1))
+            return nn.Sequential(
+                nn.Conv2d(inputs, width, 1), nn.BatchNorm2d(width), nn.SiLU(), nn.Conv2d(width, inputs, 1)
+            )
         if kind == 3:  # grouped, as many groups as fit
             return nn.Conv2d(inputs, inputs, 3, padding=1, groups=math.gcd(inputs, 6), bias=width % 2 == 0)
         return nn.Conv2d(inputs, width, 3 if kind == 0 else 1, padding=int(kind == 0))
@@ -245,7 +253,9 @@ class Random(nn.Module):
         return self.head(tensors[-1].mean((2, 3)))
 
 
-BLOCKS = st.lists(st.tuples(st.integers(0, 5), st.sampled_from([4, 6, 6, 6]), st.integers(0, 9)), min_size=2, max_size=6)
+BLOCKS = st.lists(
+    st.tuples(st.integers(0, 5), st.sampled_from([4, 6, 6, 6]), st.integers(0, 9)), min_size=2, max_size=6
+)
 
 
 @settings(max_examples=15)

@@ -217,7 +217,7 @@ def test_steps_that_were_skipped_hurt_nothing() -> None:
     assert all(p.isfinite().all() for p in model.parameters())
 
 
-# --- selection --------------------------------------------------------------------------------------------------------
+# --- selection ---
 
 
 @given(st.integers(0, 1000))
@@ -262,7 +262,7 @@ def test_sums_over_units_are_those_of_their_slices() -> None:
             torch.testing.assert_close(sums[unit], want, rtol=1e-4, atol=1e-4)
 
 
-# --- what cannot be -----------------------------------------------------------------------------------------------------
+# --- what cannot be ---
 
 
 def test_targets_out_of_reach_are_named_before_training() -> None:

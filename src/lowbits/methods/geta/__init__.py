@@ -16,6 +16,7 @@ from lowbits.methods.geta._layers import QuantizedLayer, calibrate_, quantize_, 
 from lowbits.methods.geta._qasso import Progress, Qasso
 from lowbits.methods.geta._quantizer import Quantizer, Slope, bits_of, quantize, step_of
 from lowbits.methods.geta._saliency import saliency
+from lowbits.methods.geta._saving import load, save, save_pretrained
 from lowbits.methods.geta._schedule import Moment, Schedule, Stage, Target
 
 __all__ = [
@@ -42,11 +43,14 @@ __all__ = [
     "construct",
     "cost",
     "dense_cost",
+    "load",
     "quantize",
     "quantize_",
     "quantized_layers",
     "quantizers",
     "saliency",
+    "save",
+    "save_pretrained",
     "step_of",
     "trace",
 ]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -30,10 +31,8 @@ def export(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
     """
     with evaluating(model), torch.no_grad():  # a region without gradients inside the model would stay a black box
         try:
-            shapes = _free(tuple(args)), {name: _free(value) for name, value in kwargs.items()}
-            program = torch.export.export(
-                model, tuple(args), dict(kwargs), dynamic_shapes=_by_name(model, *shapes), strict=False
-            )
+            shapes = free_shapes(model, args, kwargs)
+            program = torch.export.export(model, tuple(args), dict(kwargs), dynamic_shapes=shapes, strict=False)
         except _ANY_FAILURE as error:  # torch.export lets the errors of the model's own code through
             raise ConversionError(
                 f"{type(model).__name__} cannot be traced by torch.export: {_first_line(error)}. Make this part "
@@ -70,8 +69,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _free(value: Any) -> Any:
-    """Leave the first axis of a tensor free, and all axes of token numbers and masks."""
+def free_shapes(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Leave the first axis of every tensor free, and all axes of token numbers and masks, as torch.export wants it said.
+
+    Args:
+        model: what is exported.
+        args: its inputs.
+        kwargs: the same by name.
+    """
 
     def axes(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
@@ -79,17 +84,10 @@ def _free(value: Any) -> Any:
         free = leaf.ndim if not leaf.is_floating_point() else min(leaf.ndim, 1)
         return {axis: torch.export.Dim.AUTO for axis in range(free)}
 
-    return pytree.tree_map(axes, value)
-
-
-def _by_name(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """torch.export wants one structure for positional arguments, another as soon as there are named ones."""
-    if not kwargs:
-        return args
-    import inspect
-
-    names = list(inspect.signature(model.forward).parameters)
-    return dict(zip(names, args, strict=False)) | kwargs
+    positional, named = pytree.tree_map(axes, tuple(args)), pytree.tree_map(axes, dict(kwargs))
+    if not named:  # it wants one structure for positional arguments, another as soon as there are named ones
+        return positional
+    return dict(zip(inspect.signature(model.forward).parameters, positional, strict=False)) | named
 
 
 def attribute(module: nn.Module, path: str) -> Any:
