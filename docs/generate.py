@@ -7,6 +7,7 @@ is stale.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 import math
@@ -21,7 +22,7 @@ from typing import Any
 
 import torch
 
-from lowbits import formats, models, optim, recipes
+from lowbits import formats, methods, models, optim, recipes
 from lowbits.cli.analyze import ANALYSES
 from lowbits.formats import FloatFormat, Format
 from lowbits.quantizers import QuantSpec
@@ -131,6 +132,16 @@ def recipe_table(family: str) -> str:
 def words(spec: QuantSpec | None) -> str:
     """Return a quantizer in words, nothing for what stays in high precision."""
     return str(spec) if spec else ""
+
+
+def all_methods() -> str:
+    """Every method and what it does."""
+    rows = []
+    for name in methods.names():
+        kind = type(methods.named(name))
+        fields = ", ".join(f"`{field.name}`" for field in dataclasses.fields(kind))
+        rows.append([f"`{name}`", (inspect.getdoc(kind) or "").split("\n\n")[0].replace("\n", " "), fields])
+    return table(["method", "what it does", "its options"], rows)
 
 
 def optimizers() -> str:
@@ -477,6 +488,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "formats": format_overview,
     "format values": format_values,
     "analyses": analyses,
+    "methods": all_methods,
     "models": sizes,
     "optimizers": optimizers,
     "results": results,
