@@ -32,7 +32,7 @@ def named(words: str) -> Method:
         words: for example `gaussws`, or `gaussws,b_init=5,noise=uniform`.
     Raises:
         UnknownNameError: no method, or no field of it, has this name; the message offers the nearest.
-        RunError: a value is none of its field's.
+        RunError: a value is none of its field's, or the module has no method that can be meant.
     """
     name, *settings = words.split(",")
     kind = Method if name == NONE else _kind(name)
@@ -51,8 +51,10 @@ def _kind(name: str) -> type[Method]:
         raise UnknownNameError("method", name, [*names(), NONE], where="lowbits train --help")
     module = importlib.import_module(f"lowbits.methods.{name}")
     public = (getattr(module, key) for key in module.__all__)
-    (kind,) = (value for value in public if isinstance(value, type) and issubclass(value, Method))
-    return kind
+    kinds = [value for value in public if isinstance(value, type) and issubclass(value, Method)]
+    if len(kinds) != 1:
+        raise RunError(f"lowbits.methods.{name} has {len(kinds)} public methods, so it cannot be named; import it.")
+    return kinds[0]
 
 
 def _value(where: str, text: str, hint: Any) -> object:
