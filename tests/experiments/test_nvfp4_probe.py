@@ -44,8 +44,8 @@ def test_forward_rounding_orders_as_published(trained: tuple[nn.Module, dict[str
     assert rise["nvfp4"] > 0
     # The mean squared error of stochastic rounding is 2.1 times that of nearest (0.138 and 0.095 of a Gaussian's norm).
     assert rise["nvfp4_sr_forward"] >= 1.5 * rise["nvfp4"], rise
-    # How much worse MXFP4 is depends on where the amax of a tile lies between two powers of two: here 1.2 times, more on
-    # other texts (benchmarks/results, nvfp4_fixed_checkpoint.json). What must hold is the order.
+    # How much worse MXFP4 is depends on where the amax of a tile lies between two powers of two: here 1.2 times, more
+    # on other texts (benchmarks/results, nvfp4_fixed_checkpoint.json). What must hold is the order.
     assert rise["mxfp4"] > 1.05 * rise["nvfp4"], rise
 
 
