@@ -258,16 +258,16 @@ def main() -> None:
     torch.set_num_threads(1)
     device = torch.device("cpu")
     text = Text(told.data.read_bytes() if told.data else standard_text())
-    found = []
+    shape = {"layers": LAYERS, "width": WIDTH, "length": LENGTH, "batch": BATCH, "steps": STEPS, "draws": DRAWS}
+    path = RESULTS / device_name(device) / "nvfp4_fixed_checkpoint.json"
+    name = told.data.name if told.data else "modules of the standard library"
+    found: list[dict[str, object]] = []
     for seed in told.seeds:
         found.append(measure(text, seed))
         print(json.dumps(found[-1], indent=1), flush=True)
-    shape = {"layers": LAYERS, "width": WIDTH, "length": LENGTH, "batch": BATCH, "steps": STEPS, "draws": DRAWS}
-    path = RESULTS / device_name(device) / "nvfp4_fixed_checkpoint.json"
-    texts = json.loads(path.read_text(encoding="utf-8"))["texts"] if path.exists() else {}
-    texts[told.data.name if told.data else "modules of the standard library"] = found
-    whole = {"provenance": provenance(device), "shape": shape, "texts": texts}
-    path.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+        texts = json.loads(path.read_text(encoding="utf-8"))["texts"] if path.exists() else {}
+        whole = {"provenance": provenance(device), "shape": shape, "texts": {**texts, name: found}}
+        path.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
     print(f"wrote {path}")
 
 
