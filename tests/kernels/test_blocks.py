@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def run(**environment: str) -> str:
     found = subprocess.run(
-        PROGRAM, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=300, check=False
+        PROGRAM, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=900, check=False
     )
     assert found.returncode == 0, found.stdout + found.stderr
     return found.stdout

@@ -159,12 +159,14 @@ def _noise(noise, role, row, first, KP, ROUNDING: tl.constexpr, BR: tl.constexpr
     step_low, step_high = tl.zeros_like(low) + step.to(tl.uint32), tl.zeros_like(low) + (step >> 32).to(tl.uint32)
     w0, w1, w2, w3 = tl.philox(key, low, high, step_low, step_high)
     words = _four(w0, w1, w2, w3, BR, BK // EACH * 4)
-    if ROUNDING == UNIFORM24:
+    if ROUNDING == UNIFORM24:  # with its `else`: Triton 3.6 goes on behind a return
         return (words >> 8).to(tl.int32).to(tl.float32) * (2.0**-24)
-    parts = _four(words & 255, (words >> 8) & 255, (words >> 16) & 255, words >> 24, BR, BK).to(tl.int32)
-    if ROUNDING == CENTRED8:
-        return (parts.to(tl.float32) + 0.5) * (2.0**-8)
-    return (parts.to(tl.float32) + (1 - 2.0**-14)) * (2.0**-8)
+    else:
+        parts = _four(words & 255, (words >> 8) & 255, (words >> 16) & 255, words >> 24, BR, BK).to(tl.int32)
+        if ROUNDING == CENTRED8:
+            return (parts.to(tl.float32) + 0.5) * (2.0**-8)
+        else:
+            return (parts.to(tl.float32) + 1.0) * (2.0**-8) * (1 - 2.0**-24)
 
 
 @triton.jit
