@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Keep a teacher's likeliest classes on disk, so that it runs once for many students, or on another machine.
 
-    FOLDER/index.json                what was kept; of every shard its number of examples, size and SHA-256
+    FOLDER/index.jsonl               a line says what is kept, then one of each shard its examples, size and SHA-256
     FOLDER/shard-00000.safetensors   keys [E], log_probs [E, ..., K], classes [E, ..., K], rest [E, ...]
 
-A shard is written whole, then the index that names it: whatever instant the process dies at, all shards of the index
-are whole, and a writer goes on where they end. Reading maps the shards, so a cache may be larger than the memory.
+A shard is written whole, then the line that names it: whatever instant the process dies at, all shards of the index are
+whole, and a writer goes on where they end. Reading maps the shards, so a cache may be larger than the memory.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
@@ -24,7 +25,7 @@ from lowbits.errors import DataError, RunError, ShapeError
 from lowbits.export import write_whole
 from lowbits.methods._distillation_loss import TopK
 
-INDEX = "index.json"
+INDEX = "index.jsonl"
 FORMAT = "lowbits-teacher-1"
 _REMEDY = "TeacherCache.repair(folder) takes it out of the index; then go on writing: what is missing is written again."
 
@@ -228,7 +229,7 @@ class TeacherCache:
         name = f"shard-{max(numbers, default=-1) + 1:05d}.safetensors"
         shard = {"name": name, "examples": len(keys), "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         write_whole(self.folder / name, data)
-        _write_index(self.folder, self.settings, [*self._shards, shard])
+        _add_line(self.folder, shard)
         self._where |= {key: (len(self._shards), row) for row, key in enumerate(keys)}
         self._shards.append(shard)
 
@@ -272,28 +273,54 @@ def _complaint(folder: Path, shard: dict[str, Any]) -> str | None:
 
 
 def _write_index(folder: Path, settings: CacheSettings, shards: list[dict[str, Any]]) -> None:
-    told = asdict(settings) | {"stored": settings.stored.value}
-    text = json.dumps({"settings": told, "shards": shards})
-    sealed = {"format": FORMAT, "sha256": hashlib.sha256(text.encode()).hexdigest(), "index": text}
-    write_whole(folder / INDEX, json.dumps(sealed).encode())
+    told = asdict(settings) | {"stored": settings.stored.value, "format": FORMAT}
+    write_whole(folder / INDEX, b"".join(_line(entry) for entry in [told, *shards]))
+
+
+def _add_line(folder: Path, shard: dict[str, Any]) -> None:
+    """Append to the index, behind its last whole line: one that a crash tore off is no longer there."""
+    path = folder / INDEX
+    try:
+        with path.open("r+b") as file:
+            file.truncate(path.read_bytes().rfind(b"\n") + 1)
+            file.seek(0, os.SEEK_END)
+            file.write(_line(shard))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise RunError(
+            f"{path} cannot be written: {error.strerror or error}. All earlier shards stand; free some space and go on."
+        ) from error
+
+
+def _line(entry: dict[str, Any]) -> bytes:
+    """An entry and its SHA-256."""
+    text = json.dumps(entry, sort_keys=True)
+    return json.dumps([text, hashlib.sha256(text.encode()).hexdigest()]).encode() + b"\n"
 
 
 def _read_index(folder: Path) -> tuple[CacheSettings, list[dict[str, Any]]]:
     path = folder / INDEX
     if not path.is_file():
         raise DataError(f"{folder} is no teacher's cache: {INDEX} is missing. TeacherCache.create makes one.")
-    try:
-        sealed = json.loads(path.read_text(encoding="utf-8"))
-        if sealed["format"] != FORMAT:
-            raise DataError(f"{path} is of format {sealed['format']}, this version reads {FORMAT}.")
-        text = sealed["index"]
-        index = json.loads(text) if hashlib.sha256(text.encode()).hexdigest() == sealed["sha256"] else None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        index = None
-    if index is None:
+    lines = path.read_bytes().split(b"\n")[:-1]  # what stands behind the last end of a line was torn off by a crash
+    entries = [_entry(line) for line in lines]
+    whole = [entry for entry in entries if entry is not None]
+    if not whole or len(whole) < len(entries):
         raise DataError(
             f"{path} is damaged: it is not what was written. Take it from a copy, or move the folder away and write "
             "the cache again; its shards are untouched."
         )
-    told = index["settings"]
-    return CacheSettings(**{**told, "stored": Stored(told["stored"])}), index["shards"]
+    told, shards = whole[0], whole[1:]
+    if told.pop("format", None) != FORMAT:
+        raise DataError(f"{path} is of another format, this version reads {FORMAT}.")
+    return CacheSettings(**{**told, "stored": Stored(told["stored"])}), shards
+
+
+def _entry(line: bytes) -> dict[str, Any] | None:
+    """What a line of the index says; None if it is not what was written."""
+    try:
+        text, digest = json.loads(line)
+        return json.loads(text) if hashlib.sha256(text.encode()).hexdigest() == digest else None
+    except (ValueError, TypeError, AttributeError):
+        return None

@@ -78,9 +78,7 @@ def test_a_writer_that_died_between_shard_and_index_loses_nothing(
 ) -> None:
     cache, z = filled(tmp_path / "cache")
     with monkeypatch.context() as patch:
-        patch.setattr(
-            "lowbits.methods._teacher_cache._write_index", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
-        )
+        patch.setattr("lowbits.methods._teacher_cache._add_line", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             cache.append([20], logits(1, 4, 12))
     opened = TeacherCache(tmp_path / "cache")
@@ -136,13 +134,32 @@ def test_a_torn_or_missing_shard_is_named(tmp_path: Path, cut: int | None) -> No
 def test_a_damaged_index_is_named_and_shards_are_untouched(tmp_path: Path) -> None:
     folder = tmp_path / "cache"
     filled(folder)
-    index = folder / "index.json"
+    index = folder / "index.jsonl"
     data = index.read_bytes()
-    for broken in (b"", data[:-5], data.replace(b"toy", b"joy"), b"[]"):
+    for broken in (
+        b"",
+        data[:40],
+        data.replace(b"toy", b"joy"),
+        b"[]\n" + data,
+        data.replace(b"shard-00001", b"shard-00007"),
+    ):
         index.write_bytes(broken)
-        with pytest.raises(DataError, match="index.json is damaged"):
+        with pytest.raises(DataError, match="index.jsonl is damaged"):
             TeacherCache(folder)
     assert len(list(folder.glob("shard-*"))) == 3
+
+
+def test_a_line_that_a_crash_tore_off_costs_its_shard_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    cache, z = filled(folder)
+    index = folder / "index.jsonl"
+    index.write_bytes(index.read_bytes()[:-7])
+    again = TeacherCache.create(folder, cache.settings)
+    assert again.missing(list(range(9))) == [6, 7, 8]
+    again.append([6, 7, 8], z[6:])
+    opened = TeacherCache(folder)
+    assert len(opened) == 9 and opened.verify() == []
+    assert torch.equal(opened.read([7]).classes, TopK.of_logits(z[7:8], 5, 2.0).classes)
 
 
 def test_other_settings_vocabularies_and_folders_are_refused(tmp_path: Path) -> None:
