@@ -12,7 +12,15 @@ small = geta.construct(graph, model, qasso.keep)         # smaller tensors, inte
 from lowbits.methods.geta._construct import PackedWeight, SubNetwork, construct
 from lowbits.methods.geta._cost import Cost, Work, cost, dense_cost
 from lowbits.methods.geta._graph import Dimension, Graph, Kept, Member, Treat, trace
-from lowbits.methods.geta._layers import QuantizedLayer, calibrate_, quantize_, quantized_layers, quantizers
+from lowbits.methods.geta._layers import (
+    QuantizedLayer,
+    calibrate_,
+    quantize_,
+    quantized_layers,
+    quantizers,
+    weight_quantizers,
+)
+from lowbits.methods.geta._method import GETA, State, example, finished
 from lowbits.methods.geta._qasso import Progress, Qasso
 from lowbits.methods.geta._quantizer import Quantizer, Slope, bits_of, quantize, step_of
 from lowbits.methods.geta._saliency import saliency
@@ -20,6 +28,7 @@ from lowbits.methods.geta._saving import load, save, save_pretrained
 from lowbits.methods.geta._schedule import Moment, Schedule, Stage, Target
 
 __all__ = [
+    "GETA",
     "Cost",
     "Dimension",
     "Graph",
@@ -34,6 +43,7 @@ __all__ = [
     "Schedule",
     "Slope",
     "Stage",
+    "State",
     "SubNetwork",
     "Target",
     "Treat",
@@ -43,6 +53,8 @@ __all__ = [
     "construct",
     "cost",
     "dense_cost",
+    "example",
+    "finished",
     "load",
     "quantize",
     "quantize_",
@@ -53,4 +65,5 @@ __all__ = [
     "save_pretrained",
     "step_of",
     "trace",
+    "weight_quantizers",
 ]

@@ -18,7 +18,7 @@ from lowbits.errors import ConversionError, SpecError
 from lowbits.formats import pack, unpack
 from lowbits.methods.geta._calls import Call
 from lowbits.methods.geta._graph import Graph
-from lowbits.methods.geta._layers import QuantizedLayer, inputs_as_they_are, quantized_layers
+from lowbits.methods.geta._layers import inputs_as_they_are, quantized_layers, weight_quantizers
 from lowbits.methods.geta._quantizer import Quantizer, quantize
 from lowbits.methods.geta._rewrite import Sizes, rewrite_
 from lowbits.methods.geta._trace import attribute, evaluating
@@ -142,17 +142,18 @@ def construct(graph: Graph, model: nn.Module, keep: Tensor, tolerance: float = 1
     _check_keep(graph, keep)
     network = _rewritten(graph, Sizes(graph.masks(keep)))
     slices = graph.kept_slices(keep)
-    layers = quantized_layers(model)
+    weights = weight_quantizers(model)
+    inputs = {name: layer.input_quantizer for name, layer in quantized_layers(model).items()}
     state = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     root = nn.Module()
     for node in list(network.nodes):
         if node.op == "get_attr":
             name = str(node.target)
             value = state.get(name, attribute(graph.module, name))
-            _store_(node, root, _sliced(value, slices.get(name)), layers.get(name.rpartition(".")[0]))
+            _store_(node, root, _sliced(value, slices.get(name)), weights.get(name))
     for node in list(network.nodes):
         if node.op == "call_function":
-            _quantize_input_(node, root, layers)
+            _quantize_input_(node, root, inputs)
     network.lint()
     parts = keep.cpu().split([dimension.size for dimension in graph.dimensions])
     kept = {d.name: part.nonzero().squeeze(1).tolist() for d, part in zip(graph.dimensions, parts, strict=True)}
@@ -195,12 +196,11 @@ def _sliced(value: Any, slices: list[Tensor] | None) -> Any:
     return value.clone()
 
 
-def _store_(node: Node, root: nn.Module, value: Any, layer: QuantizedLayer | None) -> None:
-    """Put a tensor where its node finds it: the quantized weight of a layer as integers, others as they are."""
+def _store_(node: Node, root: nn.Module, value: Any, quantizer: Quantizer | None) -> None:
+    """Put a tensor where its node finds it: a quantized weight as integers, others as they are."""
     path, _, name = str(node.target).rpartition(".")
     place = _place(root, path)
-    if layer is not None and name == "weight":
-        quantizer = layer.weight_quantizer
+    if quantizer is not None:
         place.add_module("packed", PackedWeight(quantizer.codes(value), quantizer.step, whole_bits(quantizer)))
         with node.graph.inserting_before(node):
             new = node.graph.call_module(f"{path}.packed" if path else "packed")
@@ -236,12 +236,12 @@ def whole_bits(quantizer: Quantizer) -> int:
     return round(bits)
 
 
-def _quantize_input_(node: Node, root: nn.Module, layers: Mapping[str, QuantizedLayer]) -> None:
+def _quantize_input_(node: Node, root: nn.Module, inputs: Mapping[str, Quantizer | None]) -> None:
     """Put a layer's input quantizer before the call that reads its packed weight."""
     packed = [x for x in node.all_input_nodes if x.op == "call_module" and str(x.target).endswith("packed")]
     for weight in packed:
         path = str(weight.target).removesuffix("packed").removesuffix(".")
-        quantizer = layers[path].input_quantizer
+        quantizer = inputs.get(path)
         arguments = Call(node, {}, {}).arguments
         x = arguments.get("input", arguments.get("mat1"))
         if quantizer is None or not isinstance(x, Node):

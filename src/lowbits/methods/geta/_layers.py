@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from lowbits import nn as nn_layers
 from lowbits.errors import ConversionError
 from lowbits.methods.geta._quantizer import Quantizer
 
@@ -89,10 +90,11 @@ def _quantized_class(layer: nn.Module) -> type[QuantizedLayer] | None:
 
 def quantize_(
     model: nn.Module, choose: Choose | None = None, activations: bool = False, bits: float = 16.0
-) -> dict[str, QuantizedLayer]:
+) -> dict[str, nn.Module]:
     """Insert quantizers in place; weights' ranges are their largest magnitudes.
 
-    Trace the model before. A head that shares its weight with an embedding stays as it is. With `activations`, call
+    Trace the model before. A layer that `lowbits.nn.convert_` made takes its quantizer as `weight_fn`. A head that
+    shares its weight with an embedding stays as it is. With `activations`, call
     `calibrate_` before training: the range of an input cannot be guessed from a weight.
 
     Args:
@@ -106,19 +108,18 @@ def quantize_(
         ConversionError: there is nothing to quantize, or a layer is chosen that cannot be.
     """
     tied = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    done: dict[str, QuantizedLayer] = {}
+    done: dict[str, nn.Module] = {}
     for name, layer in list(model.named_modules()):
-        kind = _quantized_class(layer)
-        if choose is not None and choose(name, layer) and kind is None:
+        wanted = choose is None or choose(name, layer)
+        possible = _quantized_class(layer) is not None or isinstance(layer, nn_layers.QuantizedLayer)
+        if choose is not None and wanted and not possible:
             raise ConversionError(
                 f"{name}: {type(layer).__name__} cannot be quantized; linear and convolutional layers can. Leave it "
                 "out in `choose`."
             )
-        weight = getattr(layer, "weight", None)
-        if kind is None or not isinstance(weight, Tensor) or id(weight) in tied:
-            continue
-        if choose is None or choose(name, layer):
-            done[name] = _convert_(layer, kind, activations, bits)
+        if possible and wanted and id(getattr(layer, "weight", None)) not in tied:
+            _convert_(name, layer, activations, bits)
+            done[name] = layer
     if not done:
         raise ConversionError(
             f"{type(model).__name__}: no layer to quantize; it has no linear or convolutional one that `choose` takes."
@@ -126,19 +127,35 @@ def quantize_(
     return done
 
 
-def _convert_(layer: nn.Module, kind: type[QuantizedLayer], activations: bool, bits: float) -> QuantizedLayer:
-    weight: Any = layer.weight
+def _convert_(name: str, layer: Any, activations: bool, bits: float) -> None:
+    weight: Tensor = layer.weight
     limit = 1.0 if weight.device.type == "meta" else float(weight.detach().abs().max())
-    layer.__class__ = kind
-    assert isinstance(layer, QuantizedLayer)
-    layer.weight_quantizer = Quantizer(limit, bits).to(weight.device)
+    quantizer = Quantizer(limit, bits).to(weight.device)
+    if isinstance(layer, nn_layers.QuantizedLayer):
+        if not layer.recipe.plain or layer.weight_fn is not None or activations:
+            raise ConversionError(
+                f"{name} follows the recipe {layer.recipe}; these quantizers stand in its place. Use the recipe bf16, "
+                "and quantize inputs in layers that no recipe has converted."
+            )
+        layer.weight_fn = quantizer
+        return
+    layer.__class__ = _quantized_class(layer)
+    layer.weight_quantizer = quantizer
     layer.input_quantizer = Quantizer(1.0, bits).to(weight.device) if activations else None
-    return layer
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
     """Return the layers that `quantize_` converted, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
+
+
+def weight_quantizers(model: nn.Module) -> dict[str, Quantizer]:
+    """Return the quantizers of weights by the name of the parameter, those in layers of `lowbits.nn`, too."""
+    found = {f"{name}.weight": layer.weight_quantizer for name, layer in quantized_layers(model).items()}
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn_layers.QuantizedLayer) and isinstance(layer.weight_fn, Quantizer):
+            found[f"{name}.weight"] = layer.weight_fn
+    return found
 
 
 def quantizers(model: nn.Module) -> dict[str, Quantizer]:

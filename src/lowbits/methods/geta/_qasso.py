@@ -13,8 +13,8 @@ from lowbits.errors import CheckpointError, SpecError
 from lowbits.methods.geta._doomed import Doomed
 from lowbits.methods.geta._forgetting import rates, uniform_rate
 from lowbits.methods.geta._graph import Graph
-from lowbits.methods.geta._layers import quantized_layers, quantizers
-from lowbits.methods.geta._quantizer import EXPONENTS, SMALLEST_RANGE, Quantizer, bits_of, step_of
+from lowbits.methods.geta._layers import quantizers, weight_quantizers
+from lowbits.methods.geta._quantizer import EXPONENTS, HIDING, SMALLEST_RANGE, Quantizer, bits_of, step_of
 from lowbits.methods.geta._saliency import check_reachable, lowest, saliency, unit_sums
 from lowbits.methods.geta._schedule import START_BITS, Moment, Schedule, Stage, Target
 
@@ -57,7 +57,8 @@ class Qasso:
 
     Any optimizer with `p.grad` at its step works: SGD, Adam, AdamW, those with 8-bit states. The stages read what it
     did to the doomed coordinates, so that the descent inequality holds for its own direction, decay included. The
-    quantizers' scalars are trained here, by projected SGD; the optimizer never sees their gradients.
+    quantizers' scalars are trained here, by projected SGD; the optimizer never sees their gradients, and clipping to a
+    global norm does not either, since they are scaled by 2^-40 on their way.
 
     Args:
         model: with quantizers.
@@ -66,6 +67,7 @@ class Qasso:
         schedule: of the stages.
         lr: learning rate of the quantizers' scalars, alpha_q.
         score: how much units matter, from ||x||^2, <x, u>, ||u||^2 and their numbers of elements; lowest go first.
+        progress: where to remember what is remembered; one of its own if None.
     Raises:
         SpecError: the target cannot be reached, or the model has no quantizers.
     """
@@ -78,6 +80,7 @@ class Qasso:
         schedule: Schedule,
         lr: float = 1e-3,
         score: Score = saliency,
+        progress: Progress | None = None,
     ) -> None:
         self.sizes = [dimension.size for dimension in graph.dimensions]
         schedule.check(target)
@@ -89,13 +92,17 @@ class Qasso:
             raise SpecError("Qasso: the model has no quantizers; call geta.quantize_(model) first.")
         self.parameters = _zeroed(graph, model)
         numbers = {id(q): number for number, q in enumerate(self.quantizers)}
-        layers = quantized_layers(model).items()
-        self.layer_of = {f"{n}.weight": numbers[id(x.weight_quantizer)] for n, x in layers}
-        self.progress = Progress(graph.units, len(self.quantizers)).to(next(iter(self.parameters.values())).device)
+        self.layer_of = {name: numbers[id(q)] for name, q in weight_quantizers(model).items()}
+        for quantizer in self.quantizers:
+            quantizer.hide_gradients_()
+        if progress is None:
+            progress = Progress(graph.units, len(self.quantizers)).to(next(iter(self.parameters.values())).device)
+        self.progress = progress
         self._scalar_gradients: Tensor | None = None
         self._doomed: Doomed | None = None
         self._frozen: list[tuple[nn.Parameter, int, Tensor]] | None = None
         self._before: Any = None
+        self._remembered = False
         self._at = 0
 
     # --- the seam to an optimizer -----------------------------------------------------------------------------------
@@ -108,11 +115,20 @@ class Qasso:
     @torch.no_grad()
     def before_step_(self) -> None:
         """Take the scalars' gradients away, and remember what the step is about to change."""
+        self.remember_()
+        self._take_gradients_()
+
+    def _take_gradients_(self) -> None:
         scalars = [s for q in self.quantizers for s in (q.step, q.limit, q.exponent)]
         gradients = [torch.zeros_like(s) if s.grad is None else s.grad for s in scalars]
-        self._scalar_gradients = torch.stack(gradients).view(-1, 3).nan_to_num(0.0, 0.0, 0.0)
+        self._scalar_gradients = torch.stack(gradients).view(-1, 3).nan_to_num(0.0, 0.0, 0.0) / HIDING
         for scalar in scalars:
             scalar.grad = None
+
+    @torch.no_grad()
+    def remember_(self) -> None:
+        """Remember what the next optimizer step will change; may be called any number of times before it."""
+        self._remembered = True
         self._at = int(self.progress.count)
         moment = self.moment
         self._before = None
@@ -125,8 +141,10 @@ class Qasso:
     @torch.no_grad()
     def after_step_(self) -> None:
         """Do what the stage asks for after the optimizer's step."""
-        if self._scalar_gradients is None:
+        if not self._remembered:
             raise SpecError("Qasso: after_step_() without before_step_(); call it before the optimizer's step.")
+        if self._scalar_gradients is None:
+            self._take_gradients_()
         self._freeze_()
         moment, scalars = self.moment, self._scalars()
         new = self._stepped(scalars)
@@ -142,6 +160,7 @@ class Qasso:
             self._freeze_()
         self.progress.count += 1
         self._scalar_gradients = self._before = None
+        self._remembered = False
 
     @property
     def moment(self) -> Moment:

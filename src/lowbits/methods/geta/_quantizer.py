@@ -16,6 +16,7 @@ FINEST = 24.0
 """Bits beyond which no step may go: the float32 mantissa holds no more."""
 SMALLEST_RANGE = 1e-4
 EXPONENTS = (0.5, 2.0)
+HIDING = 2.0**-40
 
 
 class Slope(enum.Enum):
@@ -96,6 +97,10 @@ def step_of(bits: Tensor | float, limit: Tensor, exponent: Tensor) -> Tensor:
     return limit.pow(exponent) / (torch.as_tensor(bits, dtype=limit.dtype, device=limit.device).sub(1).exp2() - 1)
 
 
+def _hidden(gradient: Tensor) -> Tensor:
+    return gradient * HIDING
+
+
 class Quantizer(nn.Module):
     """Hold step, range and exponent of one tensor, and quantize it.
 
@@ -124,6 +129,12 @@ class Quantizer(nn.Module):
     def bits(self) -> Tensor:
         """The bit width, a scalar tensor."""
         return bits_of(self.step.detach(), self.limit.detach(), self.exponent.detach())
+
+    def hide_gradients_(self) -> None:
+        """Scale the scalars' gradients by 2^-40: beside them a global norm is that of the weights alone."""
+        for scalar in (self.step, self.limit, self.exponent):
+            if not scalar._backward_hooks:
+                scalar.register_hook(_hidden)
 
     @torch.no_grad()
     def set_bits_(self, bits: float) -> None:

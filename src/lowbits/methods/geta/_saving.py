@@ -1,21 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write a sub-network to disk: a program with packed integers, or a `transformers` folder where its config can say it."""
+"""Write a sub-network to disk: a program with packed integers, or a `transformers` folder if a config can say it."""
 
 from __future__ import annotations
 
 import copy
 import json
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from lowbits.errors import CheckpointError, ConversionError
 from lowbits.methods.geta._construct import PackedWeight, SubNetwork
 from lowbits.methods.geta._graph import Graph
-from lowbits.methods.geta._layers import QuantizedLayer
+from lowbits.methods.geta._layers import weight_quantizers
 from lowbits.methods.geta._trace import evaluating, free_shapes
 
 if TYPE_CHECKING:
@@ -43,13 +45,10 @@ def save(small: SubNetwork, folder: Path, args: Sequence[Any] = (), kwargs: Mapp
     folder = Path(folder)
     if (folder / FACTS).exists():
         raise CheckpointError(f"{folder} holds a sub-network already; name another folder.")
+    named = dict(kwargs or {})
     with torch.no_grad():
-        program = torch.export.export(
-            small.network,
-            tuple(args),
-            dict(kwargs or {}),
-            dynamic_shapes=free_shapes(small.network, args, kwargs or {}),
-        )
+        shapes = free_shapes(small.network, args, named)
+        program = torch.export.export(small.network, tuple(args), named, dynamic_shapes=shapes)
     for node in program.graph.nodes:  # where in our code an operator came from is of no use to a reader
         for key in ("stack_trace", "nn_module_stack", "source_fn_stack", "from_node"):
             node.meta.pop(key, None)
@@ -83,7 +82,7 @@ def load(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
         program = torch.export.load(folder / PROGRAM)
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder} holds no sub-network ({error.filename} is missing); name another.") from error
-    except (OSError, ValueError, RuntimeError, AssertionError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, AssertionError, KeyError, zipfile.BadZipFile) as error:
         reason = (str(error).splitlines() or [""])[0]
         raise CheckpointError(f"{folder} holds a torn sub-network: {reason}. Save it again.") from error
     return program.module(check_guards=False), facts
@@ -100,16 +99,14 @@ def _packed(small: SubNetwork) -> dict[str, PackedWeight]:
     return found
 
 
-# --- transformers -------------------------------------------------------------------------------------------------------
-
 _FEED_FORWARD = ("intermediate_size", "n_inner")
 
 
 def save_pretrained(small: SubNetwork, graph: Graph, model: nn.Module, keep: Tensor, folder: Path) -> None:
-    """Write a `transformers` folder, which `from_pretrained` loads: smaller tensors, float32 values on the integer grid.
+    """Write a `transformers` folder for `from_pretrained`: smaller tensors, float32 values on the integer grid.
 
     Possible where the architecture's config can say what is left: as many feed-forward units in every layer, and where
-    the config has `head_dim` as many heads. The bits stand in `subnetwork.json`; packed integers are what `save` writes.
+    the config has `head_dim` as many heads. The bits stand in `subnetwork.json`; `save` writes packed integers.
 
     Args:
         small: the sub-network.
@@ -150,10 +147,9 @@ def save_pretrained(small: SubNetwork, graph: Graph, model: nn.Module, keep: Ten
 @torch.no_grad()
 def _float_state(model: nn.Module) -> dict[str, Tensor]:
     """Return the model's state with quantized weights in place of the trained ones, without the quantizers."""
-    state = {n: t.detach() for n, t in model.state_dict().items() if "_quantizer." not in n}
-    for name, layer in model.named_modules():
-        if isinstance(layer, QuantizedLayer):
-            state[f"{name}.weight"] = layer.weight_quantizer(layer.weight.detach())
+    state = {n: t.detach() for n, t in model.state_dict().items() if "_quantizer." not in n and ".weight_fn." not in n}
+    for name, quantizer in weight_quantizers(model).items():
+        state[name] = quantizer(state[name])
     return state
 
 
@@ -193,8 +189,8 @@ def _check_buffers(smaller: nn.Module, slices: Mapping[str, list[Tensor]]) -> No
     for name, masks in slices.items():
         if name in dict(smaller.named_buffers()) and not all(bool(mask.all()) for mask in masks):
             raise ConversionError(
-                f"{name} was cut, but a transformers model makes it anew from its config; use geta.save(...), which takes "
-                "any sub-network."
+                f"{name} was cut, but a transformers model makes it anew from its config; use geta.save(...), which "
+                "takes any sub-network."
             )
 
 
@@ -202,10 +198,10 @@ def _check_buffers(smaller: nn.Module, slices: Mapping[str, list[Tensor]]) -> No
 def _check_same(small: SubNetwork, smaller: nn.Module, graph: Graph) -> None:
     args, kwargs = graph.example
     with evaluating(smaller):
-        want, got = (torch.utils._pytree.tree_leaves(network(*args, **kwargs)) for network in (small, smaller))
+        want, got = (pytree.tree_leaves(network(*args, **kwargs)) for network in (small, smaller))
     for a, b in zip(want, got, strict=True):
         if isinstance(a, Tensor) and not torch.allclose(a, b, rtol=1e-4, atol=1e-5 * max(1.0, float(a.abs().max()))):
             raise ConversionError(
-                "the transformers model does not compute what the sub-network computes: its code derives something else "
-                "from the smaller config. Use geta.save(...), which takes any sub-network."
+                "the transformers model does not compute what the sub-network computes: its code derives something "
+                "else from the smaller config. Use geta.save(...), which takes any sub-network."
             )

@@ -117,7 +117,7 @@ class Schedule:
 
     @classmethod
     def of(cls, steps: int, periods: int | None = None) -> Schedule:
-        """Return a tenth of warm-up, two of projection, three of joint training and four of cool-down.
+        """Return a tenth of warm-up, two tenths of projection, three of joint training and four of cool-down.
 
         Args:
             steps: of the whole run, 10 at least.

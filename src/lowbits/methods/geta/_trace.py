@@ -70,7 +70,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def free_shapes(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """Leave the first axis of every tensor free, and all axes of token numbers and masks, as torch.export wants it said.
+    """Leave the first axis of every tensor free, and all axes of token numbers and masks, in torch.export's words.
 
     Args:
         model: what is exported.
