@@ -208,7 +208,19 @@ def repeated(size: str = "llama-1b") -> dict[str, object]:
         losses[name] = [made.take(ids).item() for _ in range(6)]
         del made, ids
         release()
-    return {"losses": losses, "equal": losses["first"] == losses["again"] == losses["lean"]}
+    return {"losses": losses, "equal": losses["first"] == losses["again"] == losses["lean"], "shards": shards()}
+
+
+def shards(size: int = 4096) -> bool:
+    """Whether two halves of a weight, by rows and by columns, get the noise of the whole, bit for bit."""
+    w, b_i = torch.randn(size, size, device="cuda"), torch.ones(size // 32, size // 32, device="cuda")
+    counter, half, blocks = torch.tensor([1, 2, 3], device="cuda"), size // 2, size // 64
+    whole, _ = _launch.add_noise(w, b_i, counter, Plan(), (0, 0), torch.bfloat16)
+    below, _ = _launch.add_noise(w[half:], b_i[blocks:], counter, Plan(), (blocks, 0), torch.bfloat16)
+    right, _ = _launch.add_noise(
+        w[:, half:].contiguous(), b_i[:, blocks:].contiguous(), counter, Plan(), (0, blocks), torch.bfloat16
+    )
+    return torch.equal(below, whole[half:]) and torch.equal(right, whole[:, half:])
 
 
 def equal_bits() -> dict[str, object]:
@@ -256,6 +268,8 @@ def checks(found: dict[str, dict[str, object]]) -> list[Check]:
     if "repeat" in found:
         told.append(Check("D6", "the same losses twice, and in lean mode", str(found["repeat"]["losses"]),
                           bool(found["repeat"]["equal"])))  # fmt: skip
+        told.append(Check("D6", "shards of a weight get the noise of the whole", str(found["repeat"]["shards"]),
+                          bool(found["repeat"]["shards"])))  # fmt: skip
     return told
 
 

@@ -19,6 +19,7 @@ from lowbits.methods._pseudo_noise._draw import PseudoNoise, draw
 from lowbits.methods._pseudo_noise._export import choose_rungs, ladder_cast, noisy_weights
 from lowbits.methods._pseudo_noise._formats import E3M4, E4M7, LADDER, block_cast, rung, to_grid
 from lowbits.methods.gaussws import (
+    SMALLEST_LADDER,
     Aggregate,
     NoisyWeight,
     Plan,
@@ -175,20 +176,25 @@ def test_the_ladder_follows_the_bits() -> None:
     assert names == ["e2m1"] * 2 + ["e3m2"] * 2 + ["e4m3"] * 2 + ["e3m4", "e4m7", "e4m7", "e4m7", "e4m7", "e4m7"]
     assert names == [rung(b).name for b in bits.flatten().tolist()]
     assert {LADDER[i] for i in choose_rungs(weight, Aggregate.LAYER).flatten()} == {E4M7}
+    small = [SMALLEST_LADDER[i].name for i in choose_rungs(weight, ladder=SMALLEST_LADDER).flatten()]
+    assert small == [{"e4m3": "e2m3"}.get(name, name) for name in names]
 
 
+@pytest.mark.parametrize("ladder", [LADDER, SMALLEST_LADDER, (E3M2,)])
 @pytest.mark.parametrize("aggregate", Aggregate)
-def test_an_exported_file_holds_what_was_measured(tmp_path: Path, aggregate: Aggregate) -> None:
+def test_an_exported_file_holds_what_was_measured(
+    tmp_path: Path, aggregate: Aggregate, ladder: tuple[FloatFormat, ...]
+) -> None:
     model = trained(torch.rand(3, 4) * 8 + 2)
     path = tmp_path / "model.safetensors"
-    length = save_ladder(model, path, aggregate)
+    length = save_ladder(model, path, aggregate, ladder)
     assert path.stat().st_size == length
     state = load_ladder(path)
     ((w, weight),) = noisy_weights(model).values()
-    expected = ladder_cast(w, choose_rungs(weight, aggregate), (32, 32))
+    expected = ladder_cast(w, choose_rungs(weight, aggregate, ladder), (32, 32), ladder)
     assert set(state) == {"0.weight", "0.bias", "1.weight", "1.bias"}
     assert torch.equal(state["0.weight"], expected) and torch.equal(state["0.bias"], model[0].bias)  # type: ignore[index]
-    ladder_(model, aggregate)
+    ladder_(model, aggregate, ladder)
     assert torch.equal(w, expected)
     plain = nn.Sequential(nn.Linear(100, 70), nn.LayerNorm(70))
     assert not any(plain.load_state_dict({name: tensor.float() for name, tensor in state.items()}))

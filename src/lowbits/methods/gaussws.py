@@ -34,7 +34,7 @@ from lowbits.methods._pseudo_noise._export import (
     noisy_weights,
     save_ladder,
 )
-from lowbits.methods._pseudo_noise._formats import LADDER, Operator, Storage, rung
+from lowbits.methods._pseudo_noise._formats import LADDER, SMALLEST_LADDER, Operator, Storage, rung
 from lowbits.methods._pseudo_noise._model import Resample, add_noise_, bit_groups, bit_penalty, noisy, number_of
 from lowbits.methods._pseudo_noise._numerics import Plan
 from lowbits.methods._pseudo_noise._tables import bit_metrics, bit_tables, survival
@@ -42,6 +42,7 @@ from lowbits.methods._pseudo_noise._weight import NoisyWeight, set_draw_
 
 __all__ = [
     "LADDER",
+    "SMALLEST_LADDER",
     "Aggregate",
     "Fidelity",
     "GaussWS",

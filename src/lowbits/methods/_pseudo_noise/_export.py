@@ -23,7 +23,7 @@ from lowbits.errors import CheckpointError, ConversionError
 from lowbits.export import pack_bits, unpack_bits, write_whole
 from lowbits.formats import BF16, FloatFormat
 from lowbits.methods._pseudo_noise._blocks import Block, counts, elements, from_blocks, to_blocks
-from lowbits.methods._pseudo_noise._formats import LADDER, power_of_two, to_grid
+from lowbits.methods._pseudo_noise._formats import BY_NAME, LADDER, power_of_two, to_grid
 from lowbits.methods._pseudo_noise._weight import NoisyWeight
 from lowbits.nn import quantized_layers
 
@@ -98,41 +98,48 @@ def ladder_cast(w: Tensor, rungs: Tensor, block: Block, ladder: tuple[FloatForma
     return from_blocks(stored, w.shape, block)
 
 
-def ladder_(model: nn.Module, aggregate: Aggregate = Aggregate.BLOCK, only: FloatFormat | None = None) -> None:
+def ladder_(model: nn.Module, aggregate: Aggregate = Aggregate.BLOCK, ladder: tuple[FloatFormat, ...] = LADDER) -> None:
     """Replace the weights of a model by what an exported file would hold, in place: to measure what is lost.
 
     Args:
         model: trained.
         aggregate: which blocks share a format.
-        only: one format for all instead of the ladder.
+        ladder: the formats, the smallest first; one alone is for all.
     """
     for parameter, weight in noisy_weights(model).values():
-        ladder = LADDER if only is None else (only,)
         chosen = choose_rungs(weight, aggregate, ladder)
         parameter.data.copy_(ladder_cast(parameter, chosen, weight.plan.block, ladder))
 
 
-def ladder_sizes(model: nn.Module, aggregate: Aggregate = Aggregate.BLOCK) -> list[Rung]:
+def ladder_sizes(
+    model: nn.Module, aggregate: Aggregate = Aggregate.BLOCK, ladder: tuple[FloatFormat, ...] = LADDER
+) -> list[Rung]:
     """Return what each format of the ladder holds, the smallest first; bytes of codes and exponents, exactly."""
-    blocks, weights, exact = [0] * len(LADDER), [0] * len(LADDER), [0] * len(LADDER)
+    blocks, weights, exact = [0] * len(ladder), [0] * len(ladder), [0] * len(ladder)
     for parameter, weight in noisy_weights(model).values():
-        chosen, sizes = choose_rungs(weight, aggregate), elements(parameter.shape, weight.plan.block)
-        for place, fmt in enumerate(LADDER):
+        chosen, sizes = choose_rungs(weight, aggregate, ladder), elements(parameter.shape, weight.plan.block)
+        for place, fmt in enumerate(ladder):
             here = chosen == place
             many, held = int(here.sum()), int(sizes[here].sum())
             blocks[place] += many
             weights[place] += held
             exact[place] += -(-held * fmt.bits // 8) + (many if fmt != BF16 else 0)
-    return [Rung(fmt.name, *row) for fmt, *row in zip(LADDER, blocks, weights, exact, strict=True)]
+    return [Rung(fmt.name, *row) for fmt, *row in zip(ladder, blocks, weights, exact, strict=True)]
 
 
-def save_ladder(model: nn.Module, path: str | Path, aggregate: Aggregate = Aggregate.BLOCK) -> int:
+def save_ladder(
+    model: nn.Module,
+    path: str | Path,
+    aggregate: Aggregate = Aggregate.BLOCK,
+    ladder: tuple[FloatFormat, ...] = LADDER,
+) -> int:
     """Write a trained model into one file and return its length in bytes.
 
     Args:
         model: with noisy weights.
         path: of the file; an older one is replaced as a whole.
         aggregate: which blocks share a format.
+        ladder: formats of `LADDER` and `SMALLEST_LADDER`, the smallest first.
     Raises:
         ConversionError: no weight of the model has noise, so nothing says what it may be stored in.
         RunError: the file cannot be written; an older one stands as it was.
@@ -145,13 +152,13 @@ def save_ladder(model: nn.Module, path: str | Path, aggregate: Aggregate = Aggre
             "no weight of this model has noise with bit-widths; train it with GaussWS or DiffQ first."
         )
     tensors: dict[str, Tensor] = {}
-    layout: dict[str, object] = {"mark": _MARK, "ladder": [fmt.name for fmt in LADDER], "weights": {}}
+    layout: dict[str, object] = {"mark": _MARK, "ladder": [fmt.name for fmt in ladder], "weights": {}}
     own = {id(parameter): name for name, (parameter, _) in found.items()}
     bits = {id(weight.b_i) for _, weight in found.values()}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) in own:
             weight = found[own[id(tensor)]][1]
-            tensors |= _pack(name, tensor, choose_rungs(weight, aggregate), weight.plan.block)
+            tensors |= _pack(name, tensor, choose_rungs(weight, aggregate, ladder), weight.plan.block, ladder)
             layout["weights"][name] = [list(tensor.shape), list(weight.plan.block)]  # type: ignore[index]
         elif id(tensor) not in bits:
             matrix = tensor.dtype == torch.float32 and tensor.ndim >= 2
@@ -175,20 +182,21 @@ def load_ladder(path: str | Path) -> dict[str, Tensor]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no mapping
     except (OSError, SafetensorError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged or no export: {error}. Export the model again.") from error
-    if layout.get("mark") != _MARK or layout["ladder"] != [fmt.name for fmt in LADDER]:
+    if layout.get("mark") != _MARK or not set(layout["ladder"]) <= set(BY_NAME):
         raise CheckpointError(f"{path} is no export of this version ({_MARK}). Export the model again.")
     state: dict[str, Tensor] = {}
+    ladder = tuple(BY_NAME[name] for name in layout["ladder"])
     for name, (shape, block) in layout["weights"].items():
-        state[name] = _unpack(name, tensors, (shape[0], shape[1]), (block[0], block[1]))
+        state[name] = _unpack(name, tensors, (shape[0], shape[1]), (block[0], block[1]), ladder)
     return state | tensors
 
 
-def _pack(name: str, w: Tensor, rungs: Tensor, block: Block) -> dict[str, Tensor]:
+def _pack(name: str, w: Tensor, rungs: Tensor, block: Block, ladder: tuple[FloatFormat, ...]) -> dict[str, Tensor]:
     """Rungs, exponents and codes of one weight."""
     blocks = to_blocks(w.detach().float().cpu(), block).flatten(0, 1)
     amax, chosen, inside = blocks.abs().amax(-1), rungs.flatten(), _inside(w.shape, block)
     exponents, streams = [], []
-    for place, fmt in enumerate(LADDER):
+    for place, fmt in enumerate(ladder):
         here = chosen == place
         if not bool(here.any()):
             continue
@@ -208,14 +216,16 @@ def _pack(name: str, w: Tensor, rungs: Tensor, block: Block) -> dict[str, Tensor
     }
 
 
-def _unpack(name: str, tensors: dict[str, Tensor], shape: tuple[int, int], block: Block) -> Tensor:
+def _unpack(
+    name: str, tensors: dict[str, Tensor], shape: tuple[int, int], block: Block, ladder: tuple[FloatFormat, ...]
+) -> Tensor:
     """The inverse of `_pack`; takes its tensors out of the mapping."""
     down, across = counts(shape, block)
     nibbles, exponents, codes = (tensors.pop(f"{name}.{part}") for part in ("rungs", "exponents", "codes"))
     chosen = torch.from_numpy(unpack_bits(nibbles.numpy(), 4, down * across).astype("int64"))
     inside = _inside(shape, block)
     blocks = torch.zeros(down * across, block[0] * block[1])
-    for place, fmt in enumerate(LADDER):
+    for place, fmt in enumerate(ladder):
         here = (chosen == place).unsqueeze(-1) & inside
         many, held = int((chosen == place).sum()), int(here.sum())
         length = -(-held * fmt.bits // 8)

@@ -56,7 +56,10 @@ class Storage(Enum):
 
 
 LADDER: tuple[FloatFormat, ...] = (E2M1, E3M2, E4M3, E3M4, E4M7, BF16)
-"""What an exported block can be stored in, the smallest first; BF16 has no scale."""
+"""What an exported block can be stored in, the smallest first, as published; BF16 has no scale."""
+SMALLEST_LADDER: tuple[FloatFormat, ...] = (E2M1, E3M2, E2M3, E3M4, E4M7, BF16)
+"""The same with 6 bits for b_t = 5: E2M3 has E4M3's mantissa, and steps down to half a unit of noise."""
+BY_NAME: dict[str, FloatFormat] = {fmt.name: fmt for fmt in (*LADDER, *SMALLEST_LADDER)}
 
 
 def rung(bits: float, ladder: tuple[FloatFormat, ...] = LADDER) -> FloatFormat:

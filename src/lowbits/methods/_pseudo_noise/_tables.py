@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lowbits.methods._contract import Table
 from lowbits.methods._pseudo_noise._blocks import to_blocks
 from lowbits.methods._pseudo_noise._export import Aggregate, choose_rungs, ladder_sizes, noisy_weights
-from lowbits.methods._pseudo_noise._formats import LADDER
+from lowbits.methods._pseudo_noise._formats import LADDER, SMALLEST_LADDER
 from lowbits.methods._pseudo_noise._numerics import FEWEST_BITS, cast, steps
 from lowbits.methods._pseudo_noise._weight import NoisyWeight
 
@@ -101,10 +101,12 @@ def _sizes(model: nn.Module, found: dict[str, tuple[nn.Parameter, NoisyWeight]])
     overhead = sum(-(-choose_rungs(weight).numel() // 2) for _, weight in found.values())
     total = sum(r.bytes for r in rungs) + overhead
     whole = sum(r.bytes for r in ladder_sizes(model, Aggregate.LAYER)) + overhead
+    six = sum(r.bytes for r in ladder_sizes(model, ladder=SMALLEST_LADDER)) + overhead
     rows += [
         ("which format, 4 bits a block", None, None, overhead),
         ("all", sum(r.blocks for r in rungs), 1.0, total),
         ("all, one format a layer", None, 1.0, whole),
+        ("all, e2m3 instead of e4m3", None, 1.0, six),
         ("all in bf16", None, 1.0, 2 * weights),
     ]
     words = ", ".join(f"{fmt.name} up to {fmt.mantissa_bits + 2}" for fmt in LADDER[:-1])
