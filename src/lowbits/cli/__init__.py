@@ -22,6 +22,7 @@ COMMANDS = {
     "report": "write the report of a comparison again",
     "analyze": "look at a trained model: sharpness, outliers, memory, post-training quantization, ...",
     "probe": "rank the layers of a model by what a recipe does to them, propose which to keep",
+    "graph": "draw what can be pruned from a model, what goes with it, and what cannot be pruned",
     "data": "turn text into token shards (data prepare), look at them (data info)",
     "formats": "print every number format: bits, largest, smallest, codes",
     "recipes": "print every recipe: what it quantizes, what integer hardware could run",

@@ -11,6 +11,7 @@ small = geta.construct(graph, model, qasso.keep)         # smaller tensors, inte
 
 from lowbits.methods.geta._construct import PackedWeight, SubNetwork, construct
 from lowbits.methods.geta._cost import Cost, Work, cost, dense_cost
+from lowbits.methods.geta._drawing import page, svg
 from lowbits.methods.geta._graph import Dimension, Graph, Kept, Member, Treat, trace
 from lowbits.methods.geta._layers import (
     QuantizedLayer,
@@ -56,6 +57,7 @@ __all__ = [
     "example",
     "finished",
     "load",
+    "page",
     "quantize",
     "quantize_",
     "quantized_layers",
@@ -64,6 +66,7 @@ __all__ = [
     "save",
     "save_pretrained",
     "step_of",
+    "svg",
     "trace",
     "weight_quantizers",
 ]
