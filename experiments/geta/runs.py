@@ -48,7 +48,7 @@ def mean(runs: Mapping[str, list[Result]], name: str, key: str) -> float:
 
 def told(runs: Mapping[str, list[Result]], name: str, key: str) -> str:
     """Return the numbers of an arm by seed."""
-    return " ".join(f"{result[key]:.2f}" for result in runs[name])
+    return " ".join(f"{result[key]:.4g}" for result in runs[name])
 
 
 def write(name: str, content: dict[str, object], checks: Sequence[Check], device: torch.device) -> Path:

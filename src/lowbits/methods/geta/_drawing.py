@@ -55,7 +55,8 @@ def page(graph: Graph, title: str) -> str:
     whole = [(k.name, f"{k.size:,}", k.reason) for k in graph.kept]
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title><style>:root'
-        "{color-scheme:light dark}body{font:14px system-ui,sans-serif;margin:2rem;max-width:75rem}table{border-collapse:collapse}"
+        "{color-scheme:light dark}body{font:14px system-ui,sans-serif;margin:2rem;max-width:75rem}"
+        "table{border-collapse:collapse}"
         "td,th{text-align:left;padding:.2rem .8rem .2rem 0;vertical-align:top}td:nth-child(2){text-align:right}"
         f".scroll{{overflow-x:auto}}</style><h1>{escape(title)}</h1><h2>Can be cut</h2>"
         f"{_table(('dimension', 'units', 'layers'), cut)}<h2>Cannot be cut</h2>"
