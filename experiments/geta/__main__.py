@@ -2,6 +2,7 @@
 """Does GETA (arXiv:2502.16638) keep what it promises? On a CPU, in minutes:
 
     python -m experiments.geta image-cpu --data path/to/mnist --out runs/geta
+    python -m experiments.geta image-longer-cpu --data path/to/mnist --out runs/geta
     python -m experiments.geta text-cpu --data path/to/sst2 --out runs/geta
     python -m experiments.geta language-cpu --data path/to/text --out runs/geta
     python -m experiments.geta graph
@@ -24,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-TRAINED = ("image-cpu", "text-cpu", "language-cpu", "resnet-gpu", "llama-gpu")
+TRAINED = ("image-cpu", "image-longer-cpu", "text-cpu", "language-cpu", "resnet-gpu", "llama-gpu")
 
 
 def arguments() -> argparse.Namespace:
@@ -48,6 +49,10 @@ def main() -> None:
         from experiments.geta import classifiers
 
         classifiers.main(told.command, told.data, told.out, told.steps)
+    elif told.command == "image-longer-cpu":
+        from experiments.geta import classifiers
+
+        classifiers.longer(told.data, told.out, told.steps)
     elif told.command == "language-cpu":
         from experiments.geta import language
 

@@ -173,6 +173,20 @@ def checks(runs: dict[str, list[Result]], most_lost: float) -> list[Check]:
     ]  # fmt: skip
 
 
+def longer(folder: Path, out: Path, steps: int | None = None) -> Path:
+    """Train three times as long on images: the dense network and half of it alone."""
+    task = Images(folder)
+    task.name, task.steps = "image-longer", steps or 3 * task.steps
+    runs = each(out, task, {name: ARMS[name] for name in ("dense", "GETA 50 %, 4 to 8 bits")})
+    means = [mean(runs, name, "accuracy") for name in runs]
+    words = "; ".join(
+        f"{name} {told(runs, name, 'accuracy')} (mean {m:.2f})" for name, m in zip(runs, means, strict=True)
+    )
+    check = Check("A14", "three times as long: at most 1.5 points below dense", words, means[1] >= means[0] - 1.5)
+    setting = {"steps": task.steps, "batch": task.batch}
+    return write("image_longer_cpu", {"setting": setting, "runs": runs}, [check], torch.device("cpu"))
+
+
 def main(kind: str, folder: Path, out: Path, steps: int | None = None) -> Path:
     """Carry out all arms of one task."""
     task: Images | Texts = Images(folder) if kind == "image-cpu" else Texts(folder)
