@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lowbits.errors import FormatError, SpecError
 from lowbits.methods._pseudo_noise._numerics import backward, exp2, forward, without_noise
-from lowbits.methods._pseudo_noise._weight import _Noisy
+from lowbits.methods._pseudo_noise._weight import _Noisy, _NoisyThroughMax
 from lowbits.methods.gaussws import (
     Fidelity,
     GaussWS,
@@ -352,6 +352,27 @@ def test_bad_numbers(fields: dict[str, float], message: str) -> None:
 def test_a_model_without_converted_layers() -> None:
     with pytest.raises(SpecError, match="no converted layer; call convert_"):
         add_noise_(nn.Linear(4, 4), Plan(), seed=0)
+
+
+@pytest.mark.parametrize("b_i", [0.4, 20.0])
+def test_the_exact_mode_is_the_whole_derivative(b_i: float) -> None:
+    """Through M, within the bounds of the bits and beyond: finite differences of all weights and all bits."""
+    plan = replace(EXACT, block=(4, 4), through_max=True)
+    w = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
+    bits = torch.full((2, 2), b_i, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda w, b: _NoisyThroughMax.apply(w, b, counter(), plan.text, (0, 0), torch.float64), (w, bits), atol=1e-8
+    )
+
+
+def test_the_paths_of_a_model_through_its_largest_weights() -> None:
+    """Every weight but the largest of each block has the same gradient with and without the path."""
+    gradients = []
+    for through_max in (False, True):
+        model = network(Plan(through_max=through_max))
+        results(model, list(model.parameters()))
+        gradients.append(model[0].weight.grad)  # type: ignore[union-attr]
+    assert int((gradients[0] != gradients[1]).sum()) == 3 * 2  # 96 x 64 in blocks of 32
 
 
 def test_gradcheck_of_the_whole() -> None:

@@ -98,6 +98,7 @@ class GaussWS(Method):
         operator: format of the operand of the GEMM.
         storage: a format of few bits, one scale a block, to which the noisy weight is cast before.
         amplitude: factor of the noise; 0.506 gives it the variance of a rounding error of b bits.
+        through_max: let the gradient pass through a block's largest number, too; the paper drops this path.
         lean: make the noisy weight again in the backward pass: no memory for it, one more pass over the weight.
     Raises:
         SpecError: a number is out of its range.
@@ -116,6 +117,7 @@ class GaussWS(Method):
     operator: Operator = Operator.BF16
     storage: Storage = Storage.NONE
     amplitude: float = 1.0
+    through_max: bool = False
     lean: bool = False
 
     def __post_init__(self) -> None:
@@ -135,6 +137,7 @@ class GaussWS(Method):
             operator=self.operator,
             storage=self.storage,
             amplitude=self.amplitude,
+            through_max=self.through_max,
         )
 
     def prepare_(self, model: nn.Module, seed: int) -> None:

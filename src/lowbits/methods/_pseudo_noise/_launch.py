@@ -58,12 +58,12 @@ def add_noise(
     kernels, fmt = _kernels(), plan.storage.format
     assert kernels is not None
     grid, sizes = _geometry(w, plan, origin)
+    stored = {} if fmt is None else {"TOP": top_exponent(fmt), "MANTISSA": fmt.mantissa_bits, "LARGEST": fmt.max}
     kernels.add_noise[(grid,)](
         w, b_i.float().contiguous(), counter, _table(w, plan), out, slopes, *sizes, plan.b_target, plan.span,
-        FEWEST_BITS, plan.most_bits, plan.amplitude, -math.log(2) * plan.span, **_constants(plan), TO_BF16=plan.operator is Operator.BF16,
-        TO_FP16=plan.operator is Operator.FP16, STORED=fmt is not None, TOP=top_exponent(fmt) if fmt else 0,
-        MANTISSA=fmt.mantissa_bits if fmt else 0, LEAST=fmt.min_normal_exponent if fmt else 0,
-        LARGEST=fmt.max if fmt else 0.0,
+        FEWEST_BITS, plan.most_bits, plan.amplitude, -math.log(2) * plan.span, **_constants(plan),
+        TO_BF16=plan.operator is Operator.BF16, TO_FP16=plan.operator is Operator.FP16, STORED=fmt is not None,
+        LEAST=fmt.min_normal_exponent if fmt else 0, **{"TOP": 0, "MANTISSA": 0, "LARGEST": 0.0, **stored},
     )  # fmt: skip
     return out, slopes
 

@@ -47,6 +47,7 @@ class Plan:
         operator: what W^ is cast to.
         storage: a format of few bits before that.
         amplitude: a; 0.506 gives the rounded normal the variance of a rounding error.
+        through_max: let the gradient pass through M, too, to the block's largest weight.
     Raises:
         SpecError: a number is out of its range.
     """
@@ -59,6 +60,7 @@ class Plan:
     operator: Operator = Operator.BF16
     storage: Storage = Storage.NONE
     amplitude: float = 1.0
+    through_max: bool = False
 
     def __post_init__(self) -> None:
         if min(self.block) < 1:
@@ -78,9 +80,9 @@ class Plan:
     @cache
     def of_text(text: str) -> Plan:
         """Return the plan whose `text` this is."""
-        noise, fidelity, block, b_init, b_target, operator, storage, amplitude = json.loads(text)
+        noise, fidelity, block, b_init, b_target, operator, storage, *rest = json.loads(text)
         kinds = PseudoNoise(noise), Fidelity(fidelity), (int(block[0]), int(block[1]))
-        return Plan(*kinds, b_init, b_target, Operator(operator), Storage(storage), amplitude)
+        return Plan(*kinds, b_init, b_target, Operator(operator), Storage(storage), *rest)
 
     @property
     def span(self) -> float:
@@ -144,6 +146,28 @@ def cast(blocks: Tensor, amax: Tensor, plan: Plan) -> Tensor:
     if plan.storage.format is not None:
         blocks = block_cast(blocks, amax, plan.storage.format)
     return blocks if plan.operator is Operator.FP32 else blocks.to(plan.operator.dtype).to(blocks.dtype)
+
+
+def gradient_through_max(
+    g: Tensor, w: Tensor, b_i: Tensor, counter: Tensor, plan: Plan, origin: Block = (0, 0)
+) -> Tensor:
+    """Return what the path through M adds to dL/dW: sign(w) 2^(1 - b) sum_B(G R) at the block's largest weight.
+
+    Args:
+        g: G, [rows, columns].
+        w: the weight of `forward`.
+        b_i: likewise.
+        counter: likewise.
+        plan: likewise.
+        origin: likewise.
+    """
+    blocks = to_blocks(w, plan.block)
+    amax, place = blocks.abs().max(-1, keepdim=True)
+    wide = torch.float64 if w.dtype == torch.float64 else torch.float32
+    share, _ = steps(torch.ones_like(b_i, dtype=wide), b_i.to(wide), plan)
+    sums = backward(g, share, counter, plan, origin)
+    at_the_largest = torch.zeros_like(blocks, dtype=wide).scatter_(-1, place, sums.unsqueeze(-1))
+    return from_blocks(at_the_largest * blocks.sign(), w.shape, plan.block)
 
 
 def without_noise(w: Tensor, plan: Plan) -> Tensor:

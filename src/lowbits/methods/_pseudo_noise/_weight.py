@@ -68,7 +68,8 @@ class NoisyWeight(nn.Module):
         dtype = self._dtype(w)
         if self.b_i is None or not self.training:
             return _Straight.apply(w, _numerics.without_noise(w.detach(), self.plan).to(dtype))
-        y: Tensor = _Noisy.apply(w, self.b_i, self.counter, self._text, self.origin, dtype)
+        function = _NoisyThroughMax if self.plan.through_max else _Noisy
+        y: Tensor = function.apply(w, self.b_i, self.counter, self._text, self.origin, dtype)
         if w.device.type == "cpu" and not torch.compiler.is_compiling():
             self.check_finite(w)  # on a GPU this would wait for it at every layer
         return y
@@ -170,6 +171,26 @@ class _Noisy(torch.autograd.Function):
         return dw, db.to(ctx.dtypes[1]), None, None, None, None
 
 
+class _NoisyThroughMax(torch.autograd.Function):
+    """The same with the path through M."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, w: Tensor, b_i: Tensor, counter: Tensor, plan: str, origin: Block, dtype: torch.dtype
+    ) -> Tensor:  # type: ignore[override]  # noqa: E501
+        y, slopes = _add_noise_op(w, b_i, counter, plan, origin, dtype)
+        ctx.save_for_backward(slopes, counter, w, b_i)
+        ctx.plan, ctx.origin, ctx.dtypes = plan, origin, (w.dtype, b_i.dtype)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        slopes, counter, w, b_i = ctx.saved_tensors
+        dw, db = _gradients_op(g, counter, slopes, ctx.plan, ctx.origin, ctx.dtypes[0])
+        dw = dw + _through_max_op(g, w, b_i, counter, ctx.plan, ctx.origin)
+        return dw, db.to(ctx.dtypes[1]), None, None, None, None
+
+
 def add_noise(
     w: Tensor, b_i: Tensor, counter: Tensor, plan: str, origin: Sequence[int], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
@@ -202,6 +223,17 @@ def _gradients_op(
 ) -> tuple[Tensor, Tensor]:
     copied, bits = gradients(g, counter, slopes, plan, origin, dtype)
     return copied.clone() if copied.data_ptr() == g.data_ptr() else copied, bits  # a result is no alias of an argument
+
+
+@torch.library.custom_op("lowbits::pseudo_noise_through_max", mutates_args=())
+def _through_max_op(g: Tensor, w: Tensor, b_i: Tensor, counter: Tensor, plan: str, origin: Sequence[int]) -> Tensor:
+    first = (origin[0], origin[1])
+    return _numerics.gradient_through_max(g, w, b_i, counter, Plan.of_text(plan), first).to(w.dtype)
+
+
+@_through_max_op.register_fake
+def _(g: Tensor, w: Tensor, b_i: Tensor, counter: Tensor, plan: str, origin: Sequence[int]) -> Tensor:
+    return torch.empty_like(w)
 
 
 @_add_noise_op.register_fake
