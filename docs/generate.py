@@ -516,6 +516,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "distillation speed": distillation_speed,
     **{f"distillation {task}": partial(distillation_arms, task) for task in DISTILLED},
     **runpy.run_path(str(ROOT / "docs" / "gaussws_tables.py"))["TABLES"],
+    **runpy.run_path(str(ROOT / "docs" / "dqt_tables.py"))["TABLES"],
     **{f"recipes {family}": partial(recipe_table, family) for family in recipes.FAMILIES},
 }
 

@@ -81,8 +81,8 @@ class CodeMeter(nn.Module):
         p: with the codes of the start.
     Attributes:
         last: the sample after the last update; `window`: at the last reading; int8.
-        counts: int64, since the last reading: updates, codes that changed, that changed by more than one, the sum of
-            squared changes; and, since the start, updates without any change.
+        counts: int64, since the last reading: updates, codes that changed, that changed by more than one, the sums of
+            changes' magnitudes and squares; and, since the last change, updates.
     """
 
     last: Tensor
@@ -95,7 +95,7 @@ class CodeMeter(nn.Module):
         sample = sample_of(p)
         self.register_buffer("last", sample)
         self.register_buffer("window", sample.clone())
-        self.register_buffer("counts", torch.zeros(5, dtype=torch.int64, device=sample.device))
+        self.register_buffer("counts", torch.zeros(6, dtype=torch.int64, device=sample.device))
         self.register_buffer("start", _ends(sample, p.grid))
 
     @torch.no_grad()
@@ -104,30 +104,33 @@ class CodeMeter(nn.Module):
         now = sample_of(p)
         change = now.to(torch.int32) - self.last.to(torch.int32)
         moved = (change != 0).sum()
-        seen = torch.stack([torch.ones_like(moved), moved, (change.abs() > 1).sum(), change.square().sum()])
-        self.counts[:4] += seen
-        self.counts[4] = torch.where(moved > 0, 0, self.counts[4] + 1)
+        size = change.abs()
+        seen = [torch.ones_like(moved), moved, (size > 1).sum(), size.sum(), change.square().sum()]
+        self.counts[:5] += torch.stack(seen)
+        self.counts[5] = torch.where(moved > 0, 0, self.counts[5] + 1)
         self.last.copy_(now)
 
     @torch.no_grad()
     def read_(self, p: QParameter) -> dict[str, float]:
         """Return the numbers since the last reading, and begin anew.
 
-        `changed`, `jumped`: shares of codes in an average update that changed, and by more than one. `drift`: the mean
-        square of the way that codes went since the last reading, over the sum of the squares of its steps: 1 where
-        they only diffuse, the number of updates where they only drift, below 1 where steps take one another back.
-        `bottom`, `top`, `zero`: shares of codes there. `saturated`: share at the ends beyond that of the start.
+        `changed`, `jumped`: shares of codes in an average update that changed, and by more than one. `pace`: by how
+        many codes a weight moved in an update, in the mean. `drift`: the mean square of the way that codes went since
+        the last reading, over the sum of the squares of its steps: 1 where they only diffuse, the number of updates
+        where they only drift, below 1 where steps take one another back. `bottom`, `top`, `zero`: shares of codes
+        there. `saturated`: share at the ends beyond that of the start. `still`: updates since any code changed.
         """
-        updates, moved, jumped, path, still = self.counts.tolist()
+        updates, moved, jumped, pace, path, still = self.counts.tolist()
         size = max(1, self.last.numel())
         way = int((self.last.to(torch.int32) - self.window.to(torch.int32)).square().sum())
         ends = _ends(self.last, p.grid)
         self.window.copy_(self.last)
-        self.counts[:4] = 0
+        self.counts[:5] = 0
         shares = [float((self.last == code).sum()) / size for code in (p.grid.low, p.grid.high, 0)]
         return {
             "changed": moved / size / max(1, updates),
             "jumped": jumped / size / max(1, updates),
+            "pace": pace / size / max(1, updates),
             "drift": way / path if path else 0.0,
             "bottom": shares[0],
             "top": shares[1],

@@ -101,6 +101,17 @@ def test_what_waits_for_backward_is_a_byte_an_activation() -> None:
     assert sorted((t.dtype, t.numel()) for t in plain if t.numel() > 9) == [(torch.int8, 9 * 40)]
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's own doing
+@pytest.mark.parametrize("grid", [GRIDS[0], GRIDS[3]], ids=str)
+def test_a_compiled_layer_gives_the_same_bits(grid: Grid) -> None:
+    """The subclass is taken apart by the compiler and put together again."""
+    plain, compiled = layer(grid), torch.compile(layer(grid), backend="aot_eager")
+    outputs = [net(rows()) for net in (plain, compiled)]
+    for y in outputs:
+        y.square().sum().backward()
+    assert torch.equal(*outputs) and torch.equal(plain.weight.grad, compiled.weight.grad)  # type: ignore[arg-type]
+
+
 def test_what_cannot_be_converted_is_refused() -> None:
     with pytest.raises(ConversionError, match="nn.Linear is needed, got Embedding"):
         grid_linear_(nn.Embedding(4, 4), GRIDS[0])

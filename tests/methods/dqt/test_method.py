@@ -132,6 +132,7 @@ def test_the_meter_counts_what_changed() -> None:
     meter.update_(p)
     read = meter.read_(p)
     assert read["changed"] == pytest.approx((10 + 15) / 2 / 256) and read["jumped"] == pytest.approx(5 / 2 / 256)
+    assert read["pace"] == pytest.approx((10 + 10 + 15) / 2 / 256)
     assert read["drift"] == pytest.approx(45 / (10 + 10 + 45)) and read["zero"] == pytest.approx(251 / 256)
     assert meter.read_(p)["changed"] == 0 and alarms("w", meter.read_(p))  # no code at the top
 
