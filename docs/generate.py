@@ -515,8 +515,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "distillation sizes": distillation_sizes,
     "distillation speed": distillation_speed,
     **{f"distillation {task}": partial(distillation_arms, task) for task in DISTILLED},
-    **runpy.run_path(str(ROOT / "docs" / "gaussws_tables.py"))["TABLES"],
-    **runpy.run_path(str(ROOT / "docs" / "dqt_tables.py"))["TABLES"],
+    **{
+        name: make
+        for path in sorted((ROOT / "docs").glob("*_tables.py"))
+        for name, make in runpy.run_path(str(path))["TABLES"].items()
+    },
     **{f"recipes {family}": partial(recipe_table, family) for family in recipes.FAMILIES},
 }
 
