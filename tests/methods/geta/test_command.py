@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`lowbits graph`, the method in `lowbits train`, and the arms of the experiments."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from experiments.geta import arms
+from lowbits.cli import main
+from lowbits.errors import SpecError
+from lowbits.methods import Position, geta
+from lowbits.nn import Recipe, convert_
+from tests.methods.geta.zoo import example, gpt2, outputs
+
+
+def test_a_named_size_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["graph", "gpt2-pico", "--out", str(tmp_path / "a.html"), "--keep", "*.h.0.mlp.c_fc.*"]) == 0
+    text = capsys.readouterr().out
+    assert "15 dimensions, 1,808 units" in text and "looked up by number" in text
+    page = (tmp_path / "a.html").read_text(encoding="utf-8")
+    assert "<svg" in page and "asked to be kept" in page and "transformer.h.3.mlp.c_fc" in page
+
+
+def test_a_folder_is_drawn_and_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model: Any = example("vit").model
+    model.config.architectures = ["ViTForImageClassification"]
+    model.config.save_pretrained(tmp_path)
+    assert main(["graph", str(tmp_path), "--out", str(tmp_path / "b.svg")]) == 0
+    drawing = ElementTree.fromstring((tmp_path / "b.svg").read_text(encoding="utf-8"))
+    circles = drawing.findall("{http://www.w3.org/2000/svg}circle")
+    assert len(circles) == sum(len(d.members) for d in example("vit").graph.dimensions)
+    capsys.readouterr()
+    for words, complaint in (
+        (["gpt2-pico", "--out", "x.png"], "written as .html or .svg"),
+        (["gpt3"], "no model is called 'gpt3'"),
+        ([str(tmp_path / "b.svg")], "no model is called"),
+        (["gpt2-pico", "--keep", "nothing", "--out", str(tmp_path / "c.svg")], "no parameter is called 'nothing'"),
+    ):
+        assert main(["graph", *words]) == 2
+        assert complaint in capsys.readouterr().err
+
+
+def test_a_trained_model_becomes_its_sub_network() -> None:
+    model, method = gpt2().train(), geta.GETA(sparsity=0.4, lowest=4, highest=12, stage_steps=20)
+    convert_(model, Recipe(), seed=0, verbose=False)
+    method.prepare_(model, 0)
+    optimizer = torch.optim.AdamW(method.param_groups(model, 0.1), 1e-3)
+    noise = torch.Generator().manual_seed(0)
+    for step in range(20):
+        at = Position(step, 20, step)
+        method.before_forward_(model, at)
+        method.loss(model, torch.randint(0, 32, (2, 16), generator=noise)).backward()
+        optimizer.step()
+        method.after_step_(model, at)
+        optimizer.zero_grad()
+    told = method.metrics(model)
+    assert told["bits_lowest"] >= 4 and told["bits_highest"] <= 12 and told["units_pruned"] == pytest.approx(92 / 230)
+    small = geta.finished(model.eval())
+    inputs = {"input_ids": torch.randint(0, 32, (3, 9), generator=noise)}
+    torch.testing.assert_close(outputs(small, inputs), outputs(model, inputs), rtol=1e-4, atol=1e-5)
+    units, bits = method.tables(model)
+    assert sum(row[2] for row in units.rows) == 138 and len(bits.rows) == 8  # type: ignore[misc]
+    with pytest.raises(SpecError, match="not prepared by GETA"):
+        geta.finished(gpt2())
+
+
+class Tiny(arms.Task):
+    name, steps = "tiny", 80
+
+    def model(self, seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 2))
+
+    def example(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return (torch.ones(2, 4),), {}
+
+    def loss(self, model: nn.Module, step: int, seed: int) -> Tensor:
+        x = torch.randn(32, 4, generator=torch.Generator().manual_seed(seed << 20 | step))
+        return (model(x) - x[:, :2].abs()).square().mean()
+
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.Adam(model.parameters(), 1e-2)
+
+    def score(self, network: nn.Module) -> arms.Result:
+        return {"loss": float(self.loss(network.eval(), 1 << 19, 0).detach())}
+
+
+def test_all_arms_have_the_budget_that_they_say() -> None:
+    for name, arm in arms.ARMS.items():
+        found = arms.measured(Tiny(), arm, 0)
+        assert found["pruned"] == int(arm.sparsity * 32) and found["units"] == 32
+        if name != "dense":
+            assert arm.lowest <= found["mean_bits"] <= arm.highest and found["relative_bops"] < 0.3
+
+
+def test_ranges_are_fitted_to_the_least_error() -> None:
+    weight = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    quantizer = geta.Quantizer(1.0, 3)
+    arms.fit_(quantizer, weight, 3)
+    fitted = float((quantizer(weight) - weight).square().mean().detach())
+    quantizer.set_range_(float(weight.abs().max()), 3)
+    assert fitted < 0.6 * float((quantizer(weight) - weight).square().mean().detach())
