@@ -56,13 +56,14 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--weights", type=Path, help="of the trained ResNet-20, for images")
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--seeds", type=int, nargs="*", default=SEEDS)
+    parser.add_argument("--share", type=float, default=1.0, help="of the steps of text-gpu")
     told = parser.parse_args()
     told.out.mkdir(parents=True, exist_ok=True)
     if told.task == "text-gpu":
         from experiments.distillation import gpu
 
-        gpu.main(gpu.Setting(str(told.data), told.out), list(told.seeds))
+        gpu.main(gpu.Setting(str(told.data), told.out, share=told.share), list(told.seeds))
         return
     torch.set_num_threads(1)
     task = make(told)

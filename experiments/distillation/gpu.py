@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`text-gpu`: a Llama of twelve layers teaches one of six on real text, through the library's own training loop.
 
-Finished runs are not repeated, so seeds may be run in calls of their own: `--seeds 0`, then `--seeds 1`, ...; the last
-call names all and writes the results.
+Finished runs are not repeated. `--seeds` without a number trains the teacher alone; then each seed may be run by a
+process of its own, side by side; the call that names all three writes the results.
 """
 
 from __future__ import annotations
@@ -84,11 +84,16 @@ def trained(run: Run, out: Path) -> Result:
     return {"score": float(result["val_loss_on"]), "seconds": float(result["seconds"])}  # type: ignore[arg-type]
 
 
+def taught(setting: Setting) -> Result:
+    """The one teacher of all seeds."""
+    run = setting.run(PLAN.teacher_steps, PLAN.teacher_lr, 1000)
+    return trained(replace(run, model=SIZE[0]), setting.out / "teacher")
+
+
 def seed_runs(setting: Setting, seed: int) -> dict[str, Result]:
     """All arms of a seed, under the names of the CPU experiments."""
     plan, out = PLAN, setting.out
-    teach = setting.run(plan.teacher_steps, plan.teacher_lr, 1000)
-    found = {"teacher": trained(replace(teach, model=SIZE[0]), out / "teacher")}
+    found = {"teacher": taught(setting)}
     base = replace(setting.run(plan.steps, plan.lr, seed), model=half)
     told = QuantizedDistillation(teacher=str(last(out / "teacher")), bits=32, size=64)
 
@@ -174,6 +179,7 @@ def median_seconds(device: torch.device, work: Any, repeats: int) -> float:
 def main(setting: Setting, seeds: list[int], results: Path = checks.RESULTS) -> Path | None:
     """Train what is not there; write the results once all three seeds are asked for."""
     runs: checks.Runs = {}
+    print(f"text-gpu: teacher: {taught(setting)['score']:.4f}", flush=True)
     for seed in seeds:
         for name, result in seed_runs(setting, seed).items():
             print(f"text-gpu seed {seed}: {name}: {result['score']:.4f}", flush=True)

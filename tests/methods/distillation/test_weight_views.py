@@ -225,12 +225,13 @@ def test_moment_codecs_of_a_recipe_reach_the_master_weight() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.jit and Function, from inside torch.compile
-def test_deep_copies_export_and_compile(compile_backend: str) -> None:
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_deep_copies_export_and_compile(backend: str) -> None:
     model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)), torch.randn(5, 8)
     quantize_weights_(model, STOCHASTIC)
     set_draw_(model, 3)
     assert torch.equal(copy.deepcopy(model)(x), model(x))
-    compiled = torch.compile(model, backend=compile_backend)
+    compiled = torch.compile(model, backend=backend)
     assert torch.allclose(compiled(x), model(x), atol=1e-6)
     set_draw_(model, 4)
     assert torch.allclose(compiled(x), model(x), atol=1e-6)  # the counter is no constant of the graph
