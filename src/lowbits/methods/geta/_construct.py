@@ -281,7 +281,7 @@ def _prove(graph: Graph, model: nn.Module, keep: Tensor, result: SubNetwork, tol
 
 @contextmanager
 def _exact_convolutions() -> Iterator[None]:
-    """Switch off TF32, which cuDNN uses unless it is told not to: a sum in another order would differ by a thousandth."""
+    """Switch off TF32, which cuDNN uses by default: sums would differ by a thousandth."""
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     try:
