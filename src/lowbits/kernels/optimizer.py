@@ -191,6 +191,52 @@ def _random16(key, start, t, SIZE: tl.constexpr, NB: tl.constexpr, BLOCK: tl.con
 
 
 @triton.jit
+def _cut(new, row, h, base, SIZE: tl.constexpr, NB: tl.constexpr, BLOCK: tl.constexpr):
+    """Float32 numbers rounded stochastically to bfloat16's; those that are not finite stay."""
+    bits = new.to(tl.int32, bitcast=True)
+    random = _random16(tl.load(row + KEY), tl.load(row + OFFSET) + base, tl.load(h + TIME), SIZE, NB, BLOCK)
+    cut = ((bits + random) & -0x10000).to(tl.float32, bitcast=True)
+    return tl.where((bits & 0x7F800000) != 0x7F800000, cut, new)
+
+
+@triton.jit
+def _weight(
+    target, base, inner, left, SIZE: tl.constexpr, BLOCK: tl.constexpr, NB: tl.constexpr, GRID: tl.constexpr
+):  # fmt: skip
+    """What is stored of a parameter's tile: floats, or bytes of codes."""
+    mask = _inside(inner, left, SIZE, BLOCK)
+    if GRID == 0:
+        stored = tl.load(target + base + inner, mask, 0.0)
+    else:
+        stored = grids.fetch(target, base, inner, mask, left, SIZE, BLOCK, NB, GRID)
+    return stored
+
+
+@triton.jit
+def _values(p, row, element, mask, GRID: tl.constexpr, CHANNELS: tl.constexpr):
+    """Codes, their step, and the values of a tile, float32; floats are all three themselves."""
+    if GRID == 0:
+        value = p.to(tl.float32)
+        code, step = value, value
+    else:
+        unit = tl.load(row + UNIT).to(tl.pointer_type(tl.float32))
+        code, step = grids.decode(p, GRID), grids.steps(unit, element, tl.load(row + CHANNEL), mask, CHANNELS)
+        value = code.to(tl.float32) * step
+    return code, step, value
+
+
+@triton.jit
+def _draw(
+    row, h, base, STOCHASTIC: tl.constexpr, SIZE: tl.constexpr, NB: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """What the codes of a tile are rounded with; nothing reads it where they are rounded to nearest."""
+    if STOCHASTIC:
+        return grids.uniform(tl.load(row + KEY), tl.load(row + OFFSET) + base, tl.load(h + TIME), SIZE, NB, BLOCK)
+    else:  # Triton reads on behind a return
+        return 0.0
+
+
+@triton.jit
 def _tiles(
     row, h, start, points_a, points_b, points_c, steps_a, steps_b, steps_c, RULE: tl.constexpr, A: tl.constexpr,
     B: tl.constexpr, C: tl.constexpr, P_TYPE: tl.constexpr, G_TYPE: tl.constexpr, STOCHASTIC: tl.constexpr,
@@ -201,13 +247,9 @@ def _tiles(
     factor = tl.load(h + APPLIED)
     happens = (factor == factor).to(tl.int64)
     numel = tl.multiple_of(tl.load(row + NUMEL), ALIGN) * happens
-    target = tl.load(row + PARAMETER).to(tl.pointer_type(P_TYPE))
-    if GRID == 0:
-        target = tl.multiple_of(target, ALIGN)
-    else:
-        target = tl.multiple_of(target, 8 if ALIGN == 16 else 1)
-        unit = tl.load(row + UNIT).to(tl.pointer_type(tl.float32))
-        channel = tl.load(row + CHANNEL)
+    # Codes are read in pieces of 8 bytes at most, which is what divides the addresses of packed ones.
+    DIVISOR: tl.constexpr = ALIGN if GRID == 0 else (8 if ALIGN == 16 else 1)
+    target = tl.multiple_of(tl.load(row + PARAMETER).to(tl.pointer_type(P_TYPE)), DIVISOR)
     source = tl.multiple_of(tl.load(row + GRADIENT).to(tl.pointer_type(G_TYPE)), ALIGN)
     codes_a, scales_a = tl.load(row + MOMENTS), tl.load(row + MOMENTS + 1)
     codes_b, scales_b = tl.load(row + MOMENTS + 2), tl.load(row + MOMENTS + 3)
@@ -216,10 +258,7 @@ def _tiles(
     inner = block[:, None] * SIZE + tl.arange(0, BLOCK)[None, :]
     half = block[:, None] * (SIZE // 2) + tl.arange(0, BLOCK // 2)[None, :]
     base, left = start * SIZE, numel - start * SIZE
-    if GRID == 0:
-        p = tl.load(target + base + inner, _inside(inner, left, SIZE, BLOCK), 0.0)
-    else:
-        p = grids.fetch(target, base, inner, _inside(inner, left, SIZE, BLOCK), left, SIZE, BLOCK, NB, GRID)
+    p = _weight(target, base, inner, left, SIZE, BLOCK, NB, GRID)
     g = tl.load(source + base + inner, _inside(inner, left, SIZE, BLOCK), 0.0)
     a, b, c = g, g, g
     if A != NONE:
@@ -235,12 +274,7 @@ def _tiles(
         first = start + tile * NB
         base, left = first * SIZE, numel - first * SIZE
         live = block * SIZE < left
-        if GRID == 0:
-            p_now = p.to(tl.float32)
-        else:
-            q_now = grids.decode(p, GRID)
-            d_now = grids.steps(unit, base + inner, channel, _inside(inner, left, SIZE, BLOCK), CHANNELS)
-            p_now = q_now.to(tl.float32) * d_now
+        q_now, d_now, p_now = _values(p, row, base + inner, _inside(inner, left, SIZE, BLOCK), GRID, CHANNELS)
         g_now = g.to(tl.float32) * factor
         m_a, m_b, m_c = p_now, p_now, p_now
         if A != NONE:
@@ -252,10 +286,7 @@ def _tiles(
         if TILES > 1:
             coming = first + NB
             after, rest = coming * SIZE, tl.where(tile + 1 < TILES, numel - coming * SIZE, 0)
-            if GRID == 0:
-                p = tl.load(target + after + inner, _inside(inner, rest, SIZE, BLOCK), 0.0)
-            else:
-                p = grids.fetch(target, after, inner, _inside(inner, rest, SIZE, BLOCK), rest, SIZE, BLOCK, NB, GRID)
+            p = _weight(target, after, inner, rest, SIZE, BLOCK, NB, GRID)
             g = tl.load(source + after + inner, _inside(inner, rest, SIZE, BLOCK), 0.0)
             if A != NONE:
                 a = _fetch(codes_a, after, inner, half, rest, SIZE, BLOCK, A, ALIGN)
@@ -267,20 +298,14 @@ def _tiles(
             scale_a, scale_b = _scale(scales_a, coming, follows, A, NB), _scale(scales_b, coming, follows, B, NB)
             scale_c = _scale(scales_c, coming, follows, C, NB)
         new, m_a, m_b, m_c = RULE(p_now, g_now, m_a, m_b, m_c, h)
-        if GRID != 0:
-            draw = d_now
+        if GRID == 0:
             if STOCHASTIC:
-                first_draw = tl.load(row + OFFSET) + base
-                draw = grids.uniform(tl.load(row + KEY), first_draw, tl.load(h + TIME), SIZE, NB, BLOCK)
+                new = _cut(new, row, h, base, SIZE, NB, BLOCK)
+            tl.store(target + base + inner, new.to(P_TYPE), _inside(inner, left, SIZE, BLOCK))
+        else:
+            draw = _draw(row, h, base, STOCHASTIC, SIZE, NB, BLOCK)
             code = grids.moved(q_now, new - p_now, d_now, draw, STOCHASTIC, LOW, HIGH)
             grids.store(code, target, base, inner, _inside(inner, left, SIZE, BLOCK), left, SIZE, BLOCK, NB, GRID)
-        elif STOCHASTIC:
-            bits = new.to(tl.int32, bitcast=True)
-            random = _random16(tl.load(row + KEY), tl.load(row + OFFSET) + base, tl.load(h + TIME), SIZE, NB, BLOCK)
-            cut = ((bits + random) & -0x10000).to(tl.float32, bitcast=True)
-            new = tl.where((bits & 0x7F800000) != 0x7F800000, cut, new)
-        if GRID == 0:
-            tl.store(target + base + inner, new.to(P_TYPE), _inside(inner, left, SIZE, BLOCK))
         if A != NONE:
             _store(m_a, codes_a, scales_a, base, first, inner, half, live, left, steps_a, SIZE, BLOCK, NB, A, ALIGN)
         if B != NONE:

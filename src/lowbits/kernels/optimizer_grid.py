@@ -54,7 +54,8 @@ def steps(unit, element, channel, mask, CHANNELS: tl.constexpr):
     """The step of the tensor, or that of each element."""
     if CHANNELS:
         return tl.load(unit + element // channel, mask, 1.0)
-    return tl.load(unit)
+    else:  # Triton reads on behind a return
+        return tl.load(unit)
 
 
 @triton.jit

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compile kernels for a GPU that need not be there, instead of launching them: the interpreter runs what a compiler
+refuses (code behind a return, types that differ between branches).
+
+    python -m tests.kernels.compiling
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import nn
+from triton import compile as triton_compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from lowbits import optim
+from lowbits.kernels import _blocks, pack_operand, quantize_operand, unpack_operand
+from lowbits.nn import Grid, StepInit, quantize_parameter
+from lowbits.optim import GlobalNorm, _launched, _signature
+from lowbits.quantizers import Noise, Rounding
+from lowbits.recipes import named
+
+TARGET = GPUTarget("cuda", 90, 32)
+TYPES = {
+    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64", torch.int64: "i64",
+    torch.int32: "i32", torch.int16: "i16", torch.int8: "i8", torch.uint8: "u8",
+}  # fmt: skip
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+
+
+def type_of(value: object) -> str:
+    """How Triton writes the type of an argument."""
+    if isinstance(value, torch.Tensor):
+        return f"*{TYPES[value.dtype]}"
+    return "i64" if isinstance(value, int) and abs(value) >= 2**31 else "i32" if isinstance(value, int) else "fp32"
+
+
+@contextmanager
+def compiling() -> Iterator[set[str]]:
+    """Compile in place of launching; yields the names and arguments of what was compiled."""
+    seen: set[str] = set()
+
+    def run(kernel: JITFunction, *args: object, grid: object = None, warmup: bool = False, **named_: Any) -> None:
+        bound = dict(zip(kernel.arg_names, args, strict=False)) | named_
+        signature, constants = {}, {}
+        for parameter in kernel.params:
+            value = bound.get(parameter.name, parameter.default)
+            if parameter.is_constexpr:
+                signature[parameter.name], constants[(parameter.num,)] = "constexpr", getattr(value, "value", value)
+            else:
+                signature[parameter.name] = type_of(value)
+        told = f"{kernel.fn.__name__} {signature} {constants}"
+        if told not in seen:
+            seen.add(told)
+            source = ASTSource(kernel, signature=signature, constexprs=constants)
+            triton_compile(source, target=TARGET, options={k: v for k, v in named_.items() if k in OPTIONS})
+
+    def launcher(kernel: JITFunction, grid: object) -> Any:
+        return lambda *args, **named_: run(kernel, *args, **named_)
+
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(JITFunction, "run", run))
+        stack.enter_context(patch.object(JITFunction, "__getitem__", launcher))
+        for module, name in ((_blocks, "_usable"), (_launched, "usable"), (_signature, "usable")):
+            stack.enter_context(patch.object(module, name, lambda _: True))
+        yield seen
+
+
+def block_formats() -> None:
+    noise = torch.tensor([3, *Noise.of(1, "layer", "role").key])
+    x = torch.randn(64, 128).bfloat16()
+    for name in ("nvfp4", "nvfp4_up", "nvfp4_sr_24bit", "mxfp4_floor", "fp8_block"):
+        for spec in {spec for gemm in named(name).gemms.values() for spec in gemm if spec}:
+            assert quantize_operand(x, spec, noise, 1, torch.bfloat16) is not None
+            packed = pack_operand(x, spec, noise, 1)
+            assert packed is not None and unpack_operand(packed, torch.bfloat16) is not None
+
+
+def optimizers() -> None:
+    def step(optimizer: type, start: Any, dtype: torch.dtype = torch.float32, **options: Any) -> None:
+        params = [nn.Parameter(start(torch.randn(64, 128)).to(dtype)) for _ in range(2)]
+        made = optimizer(params, lr=1e-3, **options)
+        for p in params:
+            p.grad = torch.randn(p.shape, dtype=dtype)
+        made.step()
+
+    def codes(bits: float, init: StepInit) -> Any:
+        return lambda x: quantize_parameter(x, Grid.of(bits), init)
+
+    step(optim.AdamW8bit, lambda x: x, clip=GlobalNorm(1.0))
+    step(optim.AdamW8bit, lambda x: x, torch.bfloat16, rounding=Rounding.STOCHASTIC, min_8bit_size=0)
+    step(optim.AdamW8bit, codes(8, StepInit()), min_8bit_size=0)
+    step(optim.AdamW4bit, codes(1.58, StepInit(per_channel=True)), min_8bit_size=0)
+    step(optim.Lion8bit, codes(2, StepInit()), min_8bit_size=0)
+
+
+def main() -> None:
+    with compiling() as seen:
+        for what in (block_formats, optimizers):
+            before = len(seen)
+            what()
+            print(f"{what.__name__}: {len(seen) - before} kernels")
+            if len(seen) == before:
+                sys.exit(f"{what.__name__}: nothing was compiled")
+
+
+if __name__ == "__main__":
+    main()
