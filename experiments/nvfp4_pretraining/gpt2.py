@@ -45,9 +45,9 @@ class Check:
 
 
 def twice(run: Run, out: Path) -> Check:
-    """G3: the same 50 steps twice, eager, every loss compared as it was written to the log."""
+    """G3: the same 50 steps twice, eager and deterministic, every loss compared as it was written to the log."""
     short = replace(
-        run, recipe="nvfp4", steps=50, compute=replace(run.compute, compile=False),
+        run, recipe="nvfp4", steps=50, compute=replace(run.compute, compile=False, deterministic=True),
         watching=replace(run.watching, log_every=1, eval_every=50, eval_batches=1),
     )  # fmt: skip
     logs = []
@@ -94,7 +94,7 @@ def curve(folder: Path) -> dict[int, float | None]:
     return {line["step"]: line["loss_on"] for line in lines if line["kind"] == "eval"}
 
 
-def report(summary: Summary, out: Path, name: str, repeated: Check) -> Path:
+def report(summary: Summary, out: Path, name: str, repeated: list[Check]) -> Path:
     """Write the results file, which tells where the runs were made."""
     told = json.loads(next(iter(sorted(out.glob("bf16/seed-*/env.json")))).read_text(encoding="utf-8"))
     run = json.loads(next(iter(sorted(out.glob("bf16/seed-*/config.json")))).read_text(encoding="utf-8"))
@@ -102,7 +102,7 @@ def report(summary: Summary, out: Path, name: str, repeated: Check) -> Path:
     ended = {arm: all(r.status != "diverged" for r in a.runs) for arm, a in zip(curves, summary.arms, strict=True)}
     step = min(max(c) for arm, found in curves.items() if ended[arm] for c in found.values() if c)
     losses = {arm: [x for c in found.values() if (x := c.get(step)) is not None] for arm, found in curves.items()}
-    checks = [repeated, *judge(losses, SWITCHED in losses and step > 0.8 * run["steps"])]
+    checks = [*repeated, *judge(losses, SWITCHED in losses and step > 0.8 * run["steps"])]
     content = {
         "provenance": told, "run": run, "compared_at_step": step, "losses": losses, "curves": curves,
         "status": {arm.name: arm.status for arm in summary.arms}, "checks": [asdict(c) for c in checks],
@@ -133,10 +133,10 @@ def main() -> None:
     watching = replace(RUN.watching, eval_every=min(RUN.watching.eval_every, max(chosen.steps // 5, 1)))
     run = replace(RUN, data=chosen.data, steps=chosen.steps, model=chosen.model, compute=compute, watching=watching)
     if chosen.as_is:
-        found = summarize(chosen.out)
-    else:
-        found = compare(chosen.arms, range(chosen.seeds), run, chosen.out, jobs=chosen.jobs)
-    report(found, chosen.out, chosen.name, twice(run, chosen.out))
+        report(summarize(chosen.out), chosen.out, chosen.name, [])
+        return
+    found = compare(chosen.arms, range(chosen.seeds), run, chosen.out, jobs=chosen.jobs)
+    report(found, chosen.out, chosen.name, [twice(run, chosen.out)])
 
 
 if __name__ == "__main__":

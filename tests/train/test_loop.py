@@ -20,6 +20,7 @@ from lowbits.formats import INT8
 from lowbits.nn import Gemm, Recipe
 from lowbits.quantizers import AbsMean, PerGroup, QuantSpec
 from lowbits.train import Autocast, Compute, Device, Run, Watching, checkpoints, train
+from lowbits.train._determinism import determinism
 from tests.train import tiny
 from tests.train.tiny import STOCHASTIC, log_lines, state_bytes, tiny_run
 
@@ -224,3 +225,13 @@ def test_a_model_with_too_few_tokens_is_refused(tiny_tokens: Path, tmp_path: Pat
 def test_numbers_out_of_range(changes: dict[str, object], words: str) -> None:
     with pytest.raises(RunError, match=words):
         Run(**changes)  # type: ignore[arg-type]
+
+
+def test_determinism_is_switched_on_for_the_run_alone() -> None:
+    assert not torch.are_deterministic_algorithms_enabled()
+    with determinism(False):
+        assert not torch.are_deterministic_algorithms_enabled()
+    with pytest.raises(KeyError), determinism(True):
+        assert torch.are_deterministic_algorithms_enabled()
+        raise KeyError
+    assert not torch.are_deterministic_algorithms_enabled()

@@ -28,6 +28,7 @@ from lowbits.nn import Conversion, convert_
 from lowbits.optim import AdamW
 from lowbits.train._batch import Batches
 from lowbits.train._checkpoint import newest_intact, tidy, write_checkpoint
+from lowbits.train._determinism import determinism
 from lowbits.train._disk import write_json
 from lowbits.train._display import Display
 from lowbits.train._evaluate import evaluate, sample
@@ -83,7 +84,7 @@ def train(run: Run, out: str | Path, *, resume: bool = False) -> dict[str, objec
     earlier = earlier_result(out, run.resolved(), resume)
     if earlier is not None:
         return earlier
-    with world(run.compute.device) as here:
+    with world(run.compute.device) as here, determinism(run.compute.deterministic):
         try:
             t = _set_up(run, out, here)
             with closing(t.log), t.display, Interrupts() as interrupts:

@@ -73,12 +73,16 @@ class Compute:
         autocast: precision of the unquantized arithmetic; weights and optimizer stay float32.
         compile: compile each block of the model with torch.compile.
         gradient_checkpointing: recompute each block in the backward pass instead of keeping its activations.
+        deterministic: let torch take those algorithms alone that give the same bits every time. A CPU does so anyway;
+            on CUDA, sums in attention and embeddings are otherwise taken in the order in which they come, and two runs
+            of one seed part after some steps.
     """
 
     device: Device = Device.AUTO
     autocast: Autocast = Autocast.BF16
     compile: bool = False
     gradient_checkpointing: bool = False
+    deterministic: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
