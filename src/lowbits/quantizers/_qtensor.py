@@ -8,6 +8,7 @@ what memory wants. Both are plain data.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -279,9 +280,10 @@ def _stored_bits(fmt: Format) -> float:
 
 
 def _words(part: object) -> str:
-    """`PerGroup(size=16)` -> `group 16`, for tables and `extra_repr`."""
-    name = type(part).__name__.removeprefix("Per").lower()
-    numbers = [str(v) for v in vars(part).values() if v and not isinstance(v, Enum | bool)]
-    choices = [v.value for f, v in vars(part).items() if isinstance(v, Enum) and v is not getattr(type(part), f, None)]
-    flags = [f.replace("_", " ") for f, v in vars(part).items() if v is True]
+    """`PerGroup(size=16)` -> `group 16`, `TwoLevel(power_of_two=True)` -> `two level power of two`; defaults unsaid."""
+    name = re.sub(r"(?<!^)(?=[A-Z])", " ", type(part).__name__.removeprefix("Per")).lower()
+    told = {f: v for f, v in vars(part).items() if v != getattr(type(part), f, None)}
+    numbers = [str(v) for v in told.values() if not isinstance(v, Enum | bool)]
+    choices = [str(v.value) for v in told.values() if isinstance(v, Enum)]
+    flags = [f.replace("_", " ") for f, v in told.items() if v is True]
     return " ".join([name, *(["x".join(numbers)] if numbers else []), *choices, *flags])
