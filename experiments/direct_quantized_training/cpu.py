@@ -63,7 +63,8 @@ def main(data: Path, out: Path) -> None:
             lambda: run(ARMS[name], plan, lr, seed, lambda split, i: text.batch(seed, split, i), device),
         )  # fmt: skip
 
-    search = {name: {lr: trained(name, lr, SEARCH_SEED)["val"] for lr in RATES} for name in SEARCHED}
+    searched = {name: {lr: trained(name, lr, SEARCH_SEED) for lr in RATES} for name in SEARCHED}
+    search = {name: {lr: result["val"] for lr, result in found.items()} for name, found in searched.items()}
     best = {name: min(found, key=lambda lr: found[lr]) for name, found in search.items()}
     plans = [*((name, best[name]) for name in SEARCHED), *LOW]
     plans += [(name, best[like]) for name, like in LIKE.items()]
@@ -86,7 +87,22 @@ def main(data: Path, out: Path) -> None:
         "search_seed": SEARCH_SEED, "linear_parameters": plan.shape.linear_parameters, "hyper": plan.hyper,
     }  # fmt: skip
     content = {"setting": setting, "search": search, "best": best, "runs": told}
-    write("cpu", content, checks(arms, low, best), torch.device("cpu"))
+    claims = [*checks(arms, low, best), rises_by_rate(searched)]
+    write("cpu", content, claims, torch.device("cpu"))
+
+
+def rises_by_rate(searched: dict[str, dict[float, Result]]) -> Check:
+    """T5 again, at every rate that was searched: what made the first one look for it, so no test of anything."""
+    rises = {
+        name: {lr: result["val_ternary"] - result["val"] for lr, result in searched[name].items()}
+        for name in ("dqt_8", "fp")
+    }
+    told = "; ".join(
+        f"{name} " + ", ".join(f"{rise:+.3f} at {lr:g}" for lr, rise in found.items()) for name, found in rises.items()
+    )
+    halved = [lr for lr in RATES if rises["dqt_8"][lr] < 0.5 * rises["fp"][lr]]
+    return Check("T5 by rate", "looked at afterwards, one seed: the cost of ternary weights is less than half at "
+                 + (" and ".join(f"{lr:g}" for lr in halved) or "no rate"), told, bool(halved))  # fmt: skip
 
 
 def losses(arms: dict[str, list[Result]], name: str, key: str = "val") -> list[float]:
