@@ -11,7 +11,7 @@ and on a GPU, where TOKENS is that folder; results go to benchmarks/results/<dev
     ... gpu-report FILE.json ...                                           what all calls of `gpu` found
     ... memory                                                             bytes a parameter, and those of peers
     ... largest                                                            the largest model that fits
-    ... pretrain --data TOKENS --layers 48                                 50 steps of 30 billion parameters or more
+    ... pretrain --data TOKENS --layers 40                                 50 steps of 30 billion parameters or more
     ... update-time | layer-time                                           H3 | H4
     torchrun --nproc-per-node 2 -m experiments.direct_quantized_training ranks    H5, two GPUs
 """
@@ -53,7 +53,7 @@ def arguments() -> argparse.Namespace:
     pretrain.add_argument("--sequences", type=int, default=4)
     pretrain.add_argument("--length", type=int, default=512)
     pretrain.add_argument("--way", default="ternary AdamW4bit")
-    pretrain.add_argument("--lr", type=float, default=5e-4)
+    pretrain.add_argument("--lr", type=float, default=1e-4)
     for name in ("update-time", "layer-time", "ranks"):
         commands.add_parser(name)
     return parser.parse_args()

@@ -27,12 +27,13 @@ from lowbits.nn import Execution
 STEPS, WARMUP, BATCH, LENGTH, OTHER_LR = 600, 60, 32, 512, 1e-3
 NAMES = ("fp", "bitnet", "dqt_8", "dqt_ternary", "rtn_ternary", "frozen_ternary")
 RATES = {"fp": 1e-3, "bitnet": 1e-3, "dqt_8": 1e-3, "dqt_ternary": 1e-3, "rtn_ternary": 1e-3, "frozen_ternary": 1e-3}
+DEVICE = torch.device("cuda")
 SEARCH, SEARCH_STEPS, SEARCH_SEED = (3e-4, 1e-3, 3e-3), 150, 100
 
 
 def plan(data: TokenData, steps: int) -> Plan:
     shape = replace(LLAMA_130M, vocab=-(-data.vocab_size // 8) * 8)
-    return Plan(shape, steps, max(1, steps // 10), OTHER_LR, half=True, validation=16)
+    return Plan(shape, steps, max(1, steps // 10), OTHER_LR, half=True, validation=8)
 
 
 def arm_of(name: str, native: bool) -> Arm:
@@ -62,7 +63,6 @@ def search(data: Path, out: Path, names: Sequence[str], native: bool) -> None:
 
 
 def one(tokens: TokenData, out: Path, name: str, lr: float, seed: int, steps: int, native: bool) -> None:
-    device = torch.device("cuda")
     key, held = f"{name} {lr:g} {seed} {steps}", read(out)
     if key in held["runs"]:
         return
@@ -72,12 +72,12 @@ def one(tokens: TokenData, out: Path, name: str, lr: float, seed: int, steps: in
             ids = tokens.batch("train", index, batch_size=BATCH, block=LENGTH, seed=seed)
         else:
             ids = tokens.batch("val", index, batch_size=BATCH, block=LENGTH, seed=0)
-        return ids.to(device)
+        return ids.to(DEVICE)
 
-    result = run(arm_of(name, native), plan(tokens, steps), lr, seed, batch, device)
+    result = run(arm_of(name, native), plan(tokens, steps), lr, seed, batch, DEVICE)
     result["tokens_per_second"] = result["steps_per_second"] * BATCH * LENGTH
     held["runs"][key] = result
-    held["provenance"] = provenance(device)
+    held["provenance"] = provenance(DEVICE)
     held["native"] = native
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(held, indent=1) + "\n", encoding="utf-8")

@@ -30,6 +30,7 @@ MIDDLE = Shape(32_000, 4096, 11_008, 32, 32, recompute=True, sub_norms=False)
 WIDE = Shape(32_000, 8192, 22_016, 1, 64, recompute=True, sub_norms=False)
 """The width of a 65B model; `largest` looks for the number of layers."""
 DEVICE = "cuda"
+WARMUP = 10  # steps of `pretrain`
 LIMITS = {"int8 AdamW8bit": 3.2, "ternary AdamW8bit": 2.5, "ternary AdamW4bit": 1.5}
 
 
@@ -40,11 +41,13 @@ class Trained:
     Args:
         step: runs forward, backward and update on ids, and returns the loss.
         parameters: how many.
+        optimizer: of all of them.
         handle: of updates in the backward pass; they keep the model alive until they are removed.
     """
 
     step: Callable[[Tensor], Tensor]
     parameters: int
+    optimizer: torch.optim.Optimizer
     handle: StepInBackward | None = None
 
     def close(self) -> None:
@@ -71,7 +74,7 @@ def codes(bits: float, make: Callable[..., CodecOptimizer], native: bool = False
             loss.backward()
             return loss.detach()
 
-        return Trained(step, sum(p.numel() for p in model.parameters()), handle)
+        return Trained(step, sum(p.numel() for p in model.parameters()), optimizer, handle)
 
     return build
 
@@ -101,7 +104,7 @@ def floats(dtype: torch.dtype, make: Callable[[Iterator[nn.Parameter]], torch.op
             optimizer.zero_grad()
             return loss.detach()
 
-        return Trained(step, sum(p.numel() for p in model.parameters()))
+        return Trained(step, sum(p.numel() for p in model.parameters()), optimizer)
 
     return build
 
@@ -129,7 +132,7 @@ def torchao_int8(shape: Shape, lr: float) -> Trained:
         optimizer.zero_grad()
         return loss.detach()
 
-    return Trained(step, sum(p.numel() for p in model.parameters()))
+    return Trained(step, sum(p.numel() for p in model.parameters()), optimizer)
 
 
 def torchao_8bit(parameters: Iterator[nn.Parameter]) -> torch.optim.Optimizer:
@@ -269,7 +272,9 @@ def pretrain(data: Path, layers: int, steps: int, sequences: int, length: int, w
     torch.cuda.reset_peak_memory_stats()
     losses, seconds = [], []
     for step in range(steps):
-        ids = tokens.batch("train", step, batch_size=sequences, block=length, seed=0).cuda()
+        for group in trained.optimizer.param_groups:
+            group["lr"] = lr * min(1.0, (step + 1) / WARMUP)
+        ids = tokens.batch("train", step, batch_size=sequences, block=length, seed=0).to(DEVICE)
         begin = time.perf_counter()
         losses.append(float(trained.step(ids)))
         seconds.append(time.perf_counter() - begin)

@@ -6,24 +6,13 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
-from lowbits.analysis import device_name, provenance
-
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
-
-
-@dataclass(frozen=True)
-class Check:
-    """What should hold, what was measured, and whether it holds."""
-
-    id: str
-    statement: str
-    measured: str
-    holds: bool
+from experiments import checks as checks_file
+from experiments.checks import Check
+from lowbits.analysis import provenance
 
 
 def once(out: Path, name: str, run: Callable[[], dict[str, float]]) -> dict[str, float]:
@@ -50,11 +39,5 @@ def write(
     name: str, content: dict[str, object], checks: Sequence[Check], device: torch.device, folder: str | None = None
 ) -> Path:
     """Write benchmarks/results/<device>/dqt_<name>.json and print the claims; `folder`: measured on another device."""
-    path = RESULTS / (folder or device_name(device)) / f"dqt_{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    whole = {"provenance": provenance(device), **content, "checks": [asdict(check) for check in checks]}
-    path.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
-    for check in checks:
-        print(f"{'holds ' if check.holds else 'FAILS '} {check.id:4} {check.statement}: {check.measured}")
-    print(f"wrote {path}")
-    return path
+    told = provenance(device)
+    return checks_file.write(f"dqt_{name}", told | {"device": folder or told["device"]}, content, checks)

@@ -124,8 +124,11 @@ def normal_values(shape: Sequence[int], sigma: float, noise: Noise, device: torc
     Returns:
         float32; at most 5.4 sigma, since the draws have 24 bits.
     """
-    u = noise.uniform(shape, 0, offset=first, device=device) + 2.0**-25  # the middle of its step: never 0, never 1
-    return torch.special.ndtri(u) * sigma
+    u = noise.uniform(shape, 0, offset=first, device=device)
+    # The middle of a draw's step, from the nearer end: exact in float32, and never 0 or 1, where it would be infinite.
+    near = torch.where(u < 0.5, u + 2.0**-25, (1 - u) - 2.0**-25)
+    x = torch.special.ndtri(near)
+    return torch.where(u < 0.5, x, -x) * sigma
 
 
 def normal_parameter(

@@ -25,7 +25,17 @@ from lowbits.methods.dqt import (
     rescale_,
     ternary_weights,
 )
-from lowbits.nn import Grid, GridLinear, Packing, QParameter, StepInit, StepRule, normal_parameter, quantize_parameter
+from lowbits.nn import (
+    Grid,
+    GridLinear,
+    Packing,
+    QParameter,
+    StepInit,
+    StepRule,
+    normal_parameter,
+    normal_values,
+    quantize_parameter,
+)
 from lowbits.optim import AdamW, AdamW8bit
 from lowbits.quantizers import Noise
 
@@ -229,6 +239,15 @@ def test_a_model_that_was_never_floats(packing: Packing | None) -> None:
     assert losses[-1] < 0.8 * losses[0]
     with pytest.raises(ConversionError, match="meta"):
         materialize_(model, grid, "cpu")
+
+
+def test_the_ends_of_the_draws_are_finite_and_symmetric(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One draw in 2^24 is the largest: in a large model it comes."""
+    draws = torch.tensor([0.0, 1 - 2.0**-24, 0.5 - 2.0**-24, 0.5, 2.0**-24])
+    monkeypatch.setattr(Noise, "uniform", lambda *_, **__: draws)
+    x = normal_values((5,), 1.0, Noise.of(0, "w", "start"), torch.device("cpu"))
+    assert x.isfinite().all() and x[0] == -x[1] == x.min() and 5 < float(x[1]) < 5.6
+    assert x[2] == -x[3] and x[0] < x[4] < x[2] < 0
 
 
 @pytest.mark.parametrize("per_channel", [False, True])
