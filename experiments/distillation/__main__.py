@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, help="of the trained ResNet-20, for images")
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--seeds", type=int, nargs="*", default=SEEDS)
-    parser.add_argument("--share", type=float, default=1.0, help="of the steps of text-gpu")
+    parser.add_argument("--share", type=float, default=1.0, help="of the plan's steps; another --out for each")
     told = parser.parse_args()
     told.out.mkdir(parents=True, exist_ok=True)
     if told.task == "text-gpu":
@@ -67,6 +67,7 @@ def main() -> None:
         return
     torch.set_num_threads(1)
     task = make(told)
+    task.plan = task.plan.scaled(told.share)
     runs = arms.all_seeds(task, told.out, told.seeds)
     if len(told.seeds) == len(SEEDS):
         checks.write(task, runs, torch.device("cuda" if told.task == "images-gpu" else "cpu"))

@@ -8,7 +8,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -68,6 +68,11 @@ class Plan:
     dq_lr: float = 1e-3
     temperature: float = 2.0
     extras: bool = False
+
+    def scaled(self, share: float) -> Plan:
+        """Return the same with a share of the steps."""
+        steps = {name: round(share * getattr(self, name)) for name in ("steps", "teacher_steps", "dq_steps")}
+        return replace(self, **steps)  # type: ignore[arg-type]
 
 
 class Task:
