@@ -38,12 +38,13 @@ def prepared(name: str, bits: float = 4) -> tuple[torch.nn.Module, geta.Graph, T
     return model, graph, random_keep(graph, 3)
 
 
+@pytest.mark.slow
 def test_a_program_runs_in_a_process_without_the_library(tmp_path: Path) -> None:
     """A19: the same numbers, the same integers, at another batch size."""
-    model, graph, keep = prepared("mixed")
+    model, graph, keep = prepared("vgg")
     small = geta.construct(graph, model, keep)
     geta.save(small, tmp_path / "small", *graph.example)
-    inputs = example("mixed").inputs(4)
+    inputs = example("vgg").inputs(4)
     torch.save(inputs, tmp_path / "given.pt")
     words = [sys.executable, "-W", "ignore", "-c", _READER, str(tmp_path / "small"), str(tmp_path / "given.pt")]
     subprocess.run(words, check=True, cwd=tmp_path, env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"})
@@ -55,7 +56,7 @@ def test_a_program_runs_in_a_process_without_the_library(tmp_path: Path) -> None
     assert facts["bits"] == small.bits and facts["kept"] == small.kept and set(facts["containers"].values()) == {4}
 
 
-@pytest.mark.parametrize("name", ["llama", "bert"])
+@pytest.mark.parametrize("name", ["bert", pytest.param("llama", marks=pytest.mark.slow)])
 def test_what_was_saved_is_loaded(name: str, tmp_path: Path) -> None:
     model, graph, keep = prepared(name)
     small = geta.construct(graph, model, keep)
