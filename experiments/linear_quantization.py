@@ -2,10 +2,10 @@
 """What linear quantization costs a Transformer in pre-training: the checks of Chitsaz et al. 2024 (arXiv:2407.11722).
 
     lowbits data prepare speeches.txt --vocab-size 512 --out runs/data/speeches
-    python experiments/linear_quantization.py cpu --data runs/data/speeches --out runs/linear-cpu
+    python -m experiments.linear_quantization cpu --data runs/data/speeches --out runs/linear-cpu
 
     lowbits data prepare encyclopedia.txt --tokenizer path/to/gpt2 --out runs/data/encyclopedia
-    python experiments/linear_quantization.py gpu --data runs/data/encyclopedia --out runs/linear-gpu
+    python -m experiments.linear_quantization gpu --data runs/data/encyclopedia --out runs/linear-gpu
 
 `cpu` trains 21 arms of a 0.87M-parameter GPT-2 under three seeds (about two core-hours) and checks T1 to T7; `gpu`
 trains GPT-2 small and checks H1. Both are resumable: the same command goes on. Each writes
@@ -19,11 +19,13 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
+from experiments import checks as checks_file
+from experiments.checks import Check
 from lowbits.analysis import causal_loss, compare_post_training, dequantized, m_sharpness
 from lowbits.data import TokenData
 from lowbits.formats import INT4
@@ -83,16 +85,6 @@ GPU_RUN = Run(
 # T6 and T7 look into the finished models of these arms.
 PROBED = ("bf16", "w4_channel", "w4_tensor")
 RHO, SHARP_BATCHES, SHARP_BATCH = 0.01, 20, 16
-
-
-@dataclass(frozen=True)
-class Check:
-    """One line of the spec: what should hold, what was measured, and whether it holds."""
-
-    id: str
-    statement: str
-    measured: str
-    holds: bool
 
 
 class Arms:
@@ -252,19 +244,13 @@ def sharpness_check(out: Path, data: TokenData, run: Run, seeds: list[int]) -> C
 def write(scale: str, arms: Arms, checks: list[Check], run: Run, out: Path) -> Path:
     """Write the results file, which tells where the runs were made, and print the table."""
     told = json.loads((out / "bf16" / f"seed-{SEEDS[0]}" / "env.json").read_text(encoding="utf-8"))
-    result = {
-        "provenance": told, "scale": scale, "run": run.resolved(), "sigma": arms.sigma, "baseline": arms.baseline,
-        "close": arms.close, "losses": arms.losses, "gaps": {n: arms.gap(n) for n, v in arms.losses.items() if v},
+    content = {
+        "scale": scale, "run": run.resolved(), "sigma": arms.sigma, "baseline": arms.baseline, "close": arms.close,
+        "losses": arms.losses, "gaps": {n: arms.gap(n) for n, v in arms.losses.items() if v},
         "status": {n: a.status for n, a in arms.by_name.items()}, "spikes": {n: arms.spikes(n) for n in arms.by_name},
-        "checks": [asdict(check) for check in checks],
     }  # fmt: skip
-    path = Path(__file__).parents[1] / "benchmarks" / "results" / told["device"] / f"linear_quantization_{scale}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(f"baseline {arms.baseline:.4f}, sigma {arms.sigma:.4f}")
-    for check in checks:
-        print(f"{'holds ' if check.holds else 'FAILS '} {check.id:3} {check.statement}: {check.measured}")
-    return path
+    return checks_file.write(f"linear_quantization_{scale}", told, content, checks)
 
 
 def main() -> None:

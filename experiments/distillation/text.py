@@ -19,7 +19,7 @@ class Characters(Task):
     """Language modelling with a Llama of transformers."""
 
     name, unit, higher_is_better = "text", "validation loss, nats", False
-    plan = Plan(bits=(4, 2), qd=("64",), steps=300, teacher_steps=400, dq_steps=60, lr=5e-3, teacher_lr=3e-3,
+    plan = Plan(bits=(4, 2), qd=("64",), steps=500, teacher_steps=600, dq_steps=100, lr=5e-3, teacher_lr=3e-3,
                 temperature=1.0)  # fmt: skip
 
     def __init__(self, file: Path) -> None:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
-from experiments.eightbit_optimizers.runs import RESULTS, SEEDS, Check
+from experiments.checks import Check, write
+from experiments.eightbit_optimizers.runs import SEEDS
 from lowbits.study import Summary, compare, summarize
 from lowbits.train import Compute, Device, Optimizer, Run, Saving, Watching
 
@@ -45,18 +46,10 @@ def report(summary: Summary, out: Path, run: Run) -> Path:
     told = json.loads((out / "bf16" / f"seed-{SEEDS[0]}" / "env.json").read_text(encoding="utf-8"))
     arms = {arm.name: arm for arm in summary.arms}
     losses = {name: [loss for loss in arm.loss_on.values if math.isfinite(loss)] for name, arm in arms.items()}
-    checks = check(losses)
     content = {
-        "provenance": told, "run": run.resolved(), "losses": losses,
-        "status": {name: arm.status for name, arm in arms.items()}, "checks": [asdict(c) for c in checks],
+        "run": run.resolved(), "losses": losses, "status": {name: arm.status for name, arm in arms.items()},
     }  # fmt: skip
-    path = RESULTS / told["device"] / "eightbit_lm_gpu.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    for c in checks:
-        print(f"{'holds ' if c.holds else 'FAILS '} {c.id:4} {c.statement}: {c.measured}")
-    print(f"wrote {path}")
-    return path
+    return write("eightbit_lm_gpu", told, content, check(losses))
 
 
 def main(data: str, out: Path, jobs: int | None, as_is: bool) -> Path:

@@ -8,27 +8,17 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
-from lowbits.analysis import device_name, provenance
+from experiments import checks as checks_file
+from experiments.checks import Check
+from lowbits.analysis import provenance
 
 SEEDS = (0, 1, 2)
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 Result = dict[str, float]
 Runs = dict[str, list[Result]]
-
-
-@dataclass(frozen=True)
-class Check:
-    """What should hold, what was measured, and whether it holds."""
-
-    id: str
-    statement: str
-    measured: str
-    holds: bool
 
 
 def each(out: Path, names: Sequence[str], run: Callable[[str, int], Result], seeds: Sequence[int] = SEEDS) -> Runs:
@@ -70,11 +60,4 @@ def told(runs: Runs, name: str, baseline: str, key: str) -> str:
 
 def write(name: str, content: dict[str, object], checks: Sequence[Check], device: torch.device) -> Path:
     """Write benchmarks/results/<device>/eightbit_<name>.json and print the claims."""
-    path = RESULTS / device_name(device) / f"eightbit_{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    whole = {"provenance": provenance(device), **content, "checks": [asdict(check) for check in checks]}
-    path.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
-    for check in checks:
-        print(f"{'holds ' if check.holds else 'FAILS '} {check.id:4} {check.statement}: {check.measured}")
-    print(f"wrote {path}")
-    return path
+    return checks_file.write(f"eightbit_{name}", provenance(device), content, checks)

@@ -10,13 +10,12 @@ import json
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from experiments.eightbit_optimizers.runs import RESULTS, Check
+from experiments.checks import Check, write
 from experiments.gaussian_weight_sampling.casting import FORMATS, cast_losses, ladder_losses
 from lowbits import methods, models
 from lowbits.analysis import causal_loss
@@ -124,15 +123,7 @@ def report(name: str, run: Run, out: Path, costs: Costs) -> Path:
     """Write the results file, which tells where the runs were made."""
     told = json.loads((out / "bf16" / "seed-0" / "env.json").read_text(encoding="utf-8"))
     found = checks(costs) if all(math.isfinite(row["loss"]) for rows in costs.values() for row in rows) else []
-    content = {"provenance": told, "run": run.resolved(), "arms": ARMS, "costs": costs,
-               "checks": [asdict(check) for check in found]}  # fmt: skip
-    path = RESULTS / told["device"] / f"gaussws_lm_{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    for check in found:
-        print(f"{'holds ' if check.holds else 'FAILS '} {check.id:4} {check.statement}: {check.measured}")
-    print(f"wrote {path}")
-    return path
+    return write(f"gaussws_lm_{name}", told, {"run": run.resolved(), "arms": ARMS, "costs": costs}, found)
 
 
 def main(data: str, out: Path, names: Sequence[str] | None, steps: int, seeds: int, jobs: int) -> None:

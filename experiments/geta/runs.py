@@ -5,26 +5,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
+from experiments import checks as checks_file
+from experiments.checks import Check
 from experiments.geta.arms import Arm, Result, Task, measured
-from lowbits.analysis import device_name, provenance
+from lowbits.analysis import provenance
 
 SEEDS = (0, 1, 2)
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
-
-
-@dataclass(frozen=True)
-class Check:
-    """What should hold, what was measured, and whether it holds."""
-
-    id: str
-    statement: str
-    measured: str
-    holds: bool
 
 
 def each(out: Path, task: Task, arms: Mapping[str, Arm], seeds: Sequence[int] = SEEDS) -> dict[str, list[Result]]:
@@ -53,11 +43,4 @@ def told(runs: Mapping[str, list[Result]], name: str, key: str) -> str:
 
 def write(name: str, content: dict[str, object], checks: Sequence[Check], device: torch.device) -> Path:
     """Write benchmarks/results/<device>/geta_<name>.json and print the claims."""
-    path = RESULTS / device_name(device) / f"geta_{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    whole = {"provenance": provenance(device), **content, "checks": [asdict(check) for check in checks]}
-    path.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
-    for check in checks:
-        print(f"{'holds ' if check.holds else 'FAILS '} {check.id:4} {check.statement}: {check.measured}")
-    print(f"wrote {path}")
-    return path
+    return checks_file.write(f"geta_{name}", provenance(device), content, checks)

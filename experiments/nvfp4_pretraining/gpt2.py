@@ -17,13 +17,13 @@ import argparse
 import json
 import math
 import statistics
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
+from experiments.checks import Check, write
 from lowbits.study import Summary, compare, summarize
 from lowbits.train import Compute, Device, Optimizer, Run, Saving, Watching, train
 
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 SWITCHED = "nvfp4+80%:forward=off"
 ARMS = ["bf16", "nvfp4", "nvfp4+keep.last=0.15", SWITCHED, "nvfp4_sr_forward", "mxfp4", "nvfp4_naive"]
 RUN = Run(
@@ -32,16 +32,6 @@ RUN = Run(
     watching=Watching(log_every=50, eval_every=300, eval_batches=16, errors_every=0),
     compute=Compute(device=Device.CUDA, compile=True),
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Check:
-    """What should hold, what was measured, and whether it holds."""
-
-    id: str
-    statement: str
-    measured: str
-    holds: bool
 
 
 def twice(run: Run, out: Path) -> Check:
@@ -104,16 +94,10 @@ def report(summary: Summary, out: Path, name: str, repeated: list[Check]) -> Pat
     losses = {arm: [x for c in found.values() if (x := c.get(step)) is not None] for arm, found in curves.items()}
     checks = [*repeated, *judge(losses, SWITCHED in losses and step > 0.8 * run["steps"])]
     content = {
-        "provenance": told, "run": run, "compared_at_step": step, "losses": losses, "curves": curves,
-        "status": {arm.name: arm.status for arm in summary.arms}, "checks": [asdict(c) for c in checks],
+        "run": run, "compared_at_step": step, "losses": losses, "curves": curves,
+        "status": {arm.name: arm.status for arm in summary.arms},
     }  # fmt: skip
-    path = RESULTS / told["device"] / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    for c in checks:
-        print(f"{'holds ' if c.holds else 'FAILS '} {c.id:4} {c.statement}: {c.measured}")
-    print(f"wrote {path}")
-    return path
+    return write(name, told, content, checks)
 
 
 def main() -> None:

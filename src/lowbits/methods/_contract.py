@@ -23,11 +23,15 @@ class Position(NamedTuple):
         step: index of the optimizer step, 0 for the first.
         steps: how many there will be.
         draw: number of this forward pass among all of the run, over micro-batches and processes; never repeats.
+        lr: of this step's update, for groups without a peak of their own.
+        share: of its peak that every learning rate has at this step.
     """
 
     step: int
     steps: int
     draw: int
+    lr: float = 0.0
+    share: float = 1.0
 
 
 @dataclass(frozen=True)

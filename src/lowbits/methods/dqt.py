@@ -301,6 +301,7 @@ class DQT(Method):
                     p.requires_grad_(not self.frozen)
         meters = nn.ModuleDict({name.replace(".", "/"): CodeMeter(p) for name, p in codes_of(model).items()})
         meters.register_buffer("seed", torch.tensor(seed))
+        meters.register_buffer("rate", torch.zeros((), dtype=torch.float64))
         model.add_module("code_meters", meters)
 
     def param_groups(self, model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -310,6 +311,7 @@ class DQT(Method):
 
     def after_step_(self, model: nn.Module, at: Position) -> None:
         """See `Method.after_step_`."""
+        model.get_buffer("code_meters.rate").fill_(at.lr if self.codes_lr is None else self.codes_lr * at.share)
         for name, p, meter in _metered(model):
             if self.rescale_every and (at.step + 1) % self.rescale_every == 0:
                 seed: Any = model.get_buffer("code_meters.seed")
@@ -319,13 +321,15 @@ class DQT(Method):
     def metrics(self, model: nn.Module) -> dict[str, float]:
         """Return `changed`, `jumped`, `drift`, `top`, ... of all codes since the last line; see `CodeMeter.read_`.
 
-        `codes_per_unit` is the mean of 1 / D: times the learning rate it is the rate in codes a step. `alarms` counts
-        layers with emptied top codes, codes that gather at the ends, or none that learns; `tables` names them.
+        `lr_in_codes` is the learning rate of the last update over D, in the mean: the size of a normalized update in
+        codes. `alarms` counts layers with emptied top codes, codes that gather at the ends, or none that learns;
+        `tables` names them.
         """
         metered = list(_metered(model))
         readings = [(p.numel(), meter.read_(p)) for _, p, meter in metered]
         warned = [name for (name, p, _), (_, read) in zip(metered, readings, strict=True) if alarms(name, read)]
-        rates = [(p.numel(), {"codes_per_unit": float((1 / p.step).mean())}) for _, p, _ in metered]
+        rate = float(model.get_buffer("code_meters.rate"))
+        rates = [(p.numel(), {"lr_in_codes": rate * float((1 / p.step).mean())}) for _, p, _ in metered]
         return {**mean_of(readings), **mean_of(rates), "alarms": float(len(warned))}
 
     def tables(self, model: nn.Module) -> tuple[Table, ...]:

@@ -71,7 +71,8 @@ class Batches:
     def at(self, step: int, micro: int) -> Position:
         """Return the position of a micro-batch of this process."""
         draw = (step * self.run.accumulation + micro) * self.world.size + self.world.rank
-        return Position(step, self.run.steps, draw)
+        share = self.run.schedule.factor(step, self.run.steps)
+        return Position(step, self.run.steps, draw, self.run.optimizer.lr * share, share)
 
     def rehearse(self) -> None:
         """Run a micro-batch of every phase forward and backward without compilation, and forget it.

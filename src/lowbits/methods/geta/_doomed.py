@@ -68,7 +68,7 @@ class Doomed:
         self.own = self._first_come().to(device)
         self.layer = torch.tensor([piece.layer for piece in self.pieces], device=device)
         self.dimension = torch.tensor([piece.dimension for piece in self.pieces], device=device)
-        self.quantized = (self.layer >= 0).repeat_interleave(self.counts)
+        self.quantized = self._each(self.layer >= 0)
         keys = sorted({(piece.dimension, piece.layer) for piece in self.pieces if piece.layer >= 0})
         numbers = {key: number for number, key in enumerate(keys)}
         self.pairs = Pairs(*(torch.tensor([key[i] for key in keys], dtype=torch.int64, device=device) for i in (0, 1)))
@@ -91,6 +91,10 @@ class Doomed:
         flat = torch.cat([self._rows(found, piece).reshape(-1).float() for piece in self.pieces])
         return flat * self.own
 
+    def _each(self, values: Tensor) -> Tensor:
+        """Repeat a value of every piece for all its coordinates; the known size spares a wait for the GPU."""
+        return values.repeat_interleave(self.counts, 0, output_size=sum(self.lengths))
+
     def _first_come(self) -> Tensor:
         """Return 1 where a coordinate comes for the first time, 0 where an earlier piece along another axis has it."""
         crossed = [name for name in self.parameters if self._crossed(name)]
@@ -110,7 +114,7 @@ class Doomed:
 
     def parts(self, x: Tensor, scalars: Tensor) -> Parts:
         """Return clipped value and residual of gathered coordinates under the given scalars `[L, 3]`."""
-        d, limit, exponent = scalars[self.layer.clamp_min(0)].repeat_interleave(self.counts, 0).unbind(1)
+        d, limit, exponent = self._each(scalars[self.layer.clamp_min(0)]).unbind(1)
         sign = x.sign()
         c = torch.minimum(x.abs(), limit).pow(exponent)
         residual = sign * (torch.round(c / d) - c / d)
@@ -131,7 +135,9 @@ class Doomed:
         g = self.gather({name: p.grad for name, p in self.parameters.items() if p.grad is not None})
         moved = before - self.gather()
         columns = torch.stack([g * moved, g * parts.clipped, g * parts.residual, parts.clipped.abs(), self.own], 1)
-        a, beta, e, size, count = torch.segment_reduce(columns, "sum", lengths=self.counts, axis=0).unbind(1)
+        a, beta, e, size, count = torch.segment_reduce(columns, "sum", lengths=self.counts, axis=0, unsafe=True).unbind(
+            1
+        )
         zeros = torch.zeros(self.dimensions, device=g.device)
         a, beta, size, count = (zeros.index_add(0, self.dimension, x) for x in (a, beta, size, count))
         residual = torch.zeros(len(self.pairs.layer) + 1, device=g.device).index_add_(0, self.pair, e)
@@ -139,8 +145,8 @@ class Doomed:
 
     def decay_(self, parts: Parts, chosen: Rates) -> None:
         """x <- x - gamma x^Q."""
-        d = chosen.step[self.layer.clamp_min(0)].nan_to_num(0.0).repeat_interleave(self.counts)
-        gamma = chosen.forgetting[self.dimension].repeat_interleave(self.counts)
+        d = self._each(chosen.step[self.layer.clamp_min(0)].nan_to_num(0.0))
+        gamma = self._each(chosen.forgetting[self.dimension])
         away = (-gamma * (parts.clipped + d * parts.residual)).split(self.lengths)
         for piece, shape, change in zip(self.pieces, self.shapes, away, strict=True):
             parameter = self.parameters[piece.name]

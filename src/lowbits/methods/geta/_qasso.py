@@ -104,6 +104,7 @@ class Qasso:
         self._before: Any = None
         self._remembered = False
         self._at = 0
+        self._known = (0, 0, 0)
 
     # --- the seam to an optimizer -----------------------------------------------------------------------------------
 
@@ -129,7 +130,7 @@ class Qasso:
     def remember_(self) -> None:
         """Remember what the next optimizer step will change; may be called any number of times before it."""
         self._remembered = True
-        self._at = int(self.progress.count)
+        self._at = self._step_number()
         moment = self.moment
         self._before = None
         if moment.stage is Stage.JOINT and self.target.pruned(self.graph.units):
@@ -159,8 +160,15 @@ class Qasso:
             self._doomed = self._frozen = None
             self._freeze_()
         self.progress.count += 1
+        self._known = (id(self.progress.count), self.progress.count._version, self._at + 1)
         self._scalar_gradients = self._before = None
         self._remembered = False
+
+    def _step_number(self) -> int:
+        """Return the count of steps; it is read from its buffer only where somebody else has written that."""
+        place, version, number = self._known
+        count = self.progress.count
+        return number if (place, version) == (id(count), count._version) else int(count)
 
     @property
     def moment(self) -> Moment:

@@ -94,7 +94,8 @@ def step_of(bits: Tensor | float, limit: Tensor, exponent: Tensor) -> Tensor:
         limit: q_m.
         exponent: t.
     """
-    return limit.pow(exponent) / (torch.as_tensor(bits, dtype=limit.dtype, device=limit.device).sub(1).exp2() - 1)
+    codes = (bits - 1).exp2() - 1 if isinstance(bits, Tensor) else 2.0 ** (bits - 1) - 1
+    return limit.pow(exponent) / codes
 
 
 def _hidden(gradient: Tensor) -> Tensor:
