@@ -21,6 +21,7 @@ OPTIONS = (
     "--lr --betas --eps --weight-decay --clip "
     "--curve --warmup --cooldown --final "
     "--device --autocast --compile --no-compile --gradient-checkpointing --no-gradient-checkpointing "
+    "--deterministic --no-deterministic "
     "--save-every --keep "
     "--log-every --eval-every --eval-batches --errors-every --max-nonfinite --sinks"
 )

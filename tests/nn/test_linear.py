@@ -120,8 +120,10 @@ def test_every_recipe_runs_forward_and_backward(name):
     reference = make(Recipe())
     torch.manual_seed(0)
     x, g = torch.randn(2, 8, 20), torch.randn(2, 8, 12)
+    # Three levels of the mean magnitude leave 0.40 of a uniform weight's norm, 0.45 of a normal one's.
+    most = 0.5 if name == "bitnet_b158" else 0.4
     for ours, plain in zip(run(model, x, g), run(reference, x, g), strict=True):
-        assert (ours - plain).norm() <= 0.4 * plain.norm()
+        assert (ours - plain).norm() <= most * plain.norm()
 
 
 def test_native_int8_equals_its_simulation():
