@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -122,4 +123,8 @@ def world(wish: Device) -> Iterator[World]:
         yield World(device, dist.get_rank(), dist.get_world_size())
     finally:
         if ours:
+            # Gloo's thread needs the interpreter's lock to let go of the last collective's tensors, and whoever frees
+            # the group waits for that thread with the lock in hand: forever, if both happen at once (seen in torch
+            # 2.13). It gets the lock while this one sleeps.
+            time.sleep(0.2)
             dist.destroy_process_group()
