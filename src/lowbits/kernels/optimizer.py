@@ -232,7 +232,7 @@ def _draw(
     """What the codes of a tile are rounded with; nothing reads it where they are rounded to nearest."""
     if STOCHASTIC:
         return grids.uniform(tl.load(row + KEY), tl.load(row + OFFSET) + base, tl.load(h + TIME), SIZE, NB, BLOCK)
-    else:  # noqa: RET505, Triton reads on behind a return
+    else:
         return 0.0
 
 

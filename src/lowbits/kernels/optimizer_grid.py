@@ -54,7 +54,7 @@ def steps(unit, element, channel, mask, CHANNELS: tl.constexpr):
     """The step of the tensor, or that of each element."""
     if CHANNELS:
         return tl.load(unit + element // channel, mask, 1.0)
-    else:  # noqa: RET505, Triton reads on behind a return
+    else:
         return tl.load(unit)
 
 
