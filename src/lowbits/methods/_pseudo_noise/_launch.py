@@ -22,7 +22,9 @@ from lowbits.methods._pseudo_noise._draw import PseudoNoise, half_normal
 from lowbits.methods._pseudo_noise._formats import Operator, top_exponent
 from lowbits.methods._pseudo_noise._numerics import FEWEST_BITS, Plan
 
-_TILE, _WARPS = 4096, 4  # elements and warps of a program
+# Elements of a program, and of one of its warps. A warp has whole blocks to itself wherever it can: largest numbers and
+# random words then pass through no shared memory, and nothing is computed twice.
+_TILE, _ELEMENTS_A_WARP = 2048, 2048
 _DISTRIBUTIONS = {PseudoNoise.ROUNDED_NORMAL: 0, PseudoNoise.UNIFORM: 1, PseudoNoise.NORMAL: 2}
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -105,7 +107,7 @@ def _constants(plan: Plan) -> dict[str, Any]:
         "BR": plan.block[0],
         "BC": plan.block[1],
         "NB": _side_by_side(plan),
-        "num_warps": _WARPS,
+        "num_warps": max(1, _side_by_side(plan) * plan.block[0] * plan.block[1] // _ELEMENTS_A_WARP),
         "enable_fp_fusion": False,
     }
 
