@@ -233,7 +233,7 @@ def even_points(levels: int, dtype: torch.dtype = torch.float32, device: torch.d
         dtype: of the result.
         device: of the result.
     """
-    return torch.arange(levels, dtype=dtype, device=device) / (levels - 1)
+    return (torch.arange(levels, dtype=dtype) / (levels - 1)).to(device)  # CUDA rounds this division differently
 
 
 def _digest(tensor: Tensor) -> str:

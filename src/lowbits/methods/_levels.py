@@ -22,7 +22,8 @@ from torch import Tensor
 
 from lowbits.errors import ShapeError, SpecError
 from lowbits.export import Buckets, PointTensor, between, bucketed, even_points, flattened, gradient_bucketed
-from lowbits.quantizers import PerBlock, Rounding
+from lowbits.methods._levels_launch import launched
+from lowbits.quantizers import Noise, PerBlock, Rounding
 
 MAX_LEVELS = 1 << 16
 PUBLISHED_BUCKETS = PerBlock(256)
@@ -79,12 +80,13 @@ def round_to_levels(
 ) -> Tensor:
     """Return Q(w); differentiable as `backward` says.
 
-    Arithmetic is float64 for float64, else float32. What is not finite makes its bucket NaN.
+    Arithmetic is float64 for float64, else float32. What is not finite makes its bucket NaN. On CUDA it is one kernel.
 
     Args:
         w: floating point, any shape, not empty.
         levels: where to.
-        noise: for stochastic rounding, of w's shape, uniform in [0, 1); see `Noise.uniform`.
+        noise: for stochastic rounding, of w's shape, uniform in [0, 1); or int64 [3], the draw and the two words of the
+            key of a `Noise`, for its `uniform` without the memory.
         backward: what its gradient is.
     Returns:
         Of w's shape and dtype.
@@ -146,13 +148,22 @@ class _Rounded(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, w: Tensor, levels: Levels, noise: Tensor | None, backward: Backward) -> Tensor:  # type: ignore[override]
+        ctx.levels, ctx.kind = levels, backward
+        counter = noise if noise is not None and noise.dtype == torch.int64 else None
+        if backward is Backward.STRAIGHT_THROUGH and (noise is None or counter is not None):
+            q = launched(w, levels.count, levels.buckets, counter)
+            if q is not None:
+                return q
+        if counter is not None:
+            draw, *key = counter.unbind()
+            noise = Noise((key[0], key[1])).uniform(w.shape, draw, device=w.device)
         view = bucketed(working(w), levels.buckets)
         if backward is Backward.TRUNCATED:
             view = view.clamp(-1, 1)
         low, high = ranges(view)
         filled = None if noise is None else gradient_bucketed(noise, levels.buckets)
-        q = _positions(view, low, high, levels.count, filled) / (levels.count - 1)
-        ctx.levels, ctx.kind = levels, backward
+        # By a tensor: CUDA divides by a number as it multiplies by its reciprocal, which no file would reproduce.
+        q = _positions(view, low, high, levels.count, filled) / torch.full_like(low[:1], levels.count - 1)
         if backward is Backward.RANGE_AWARE:
             ctx.save_for_backward(q - scaled(view, low, high), view.argmax(1), view.argmin(1))
         elif backward is Backward.TRUNCATED:
@@ -181,5 +192,8 @@ def _check(w: Tensor, levels: Levels, noise: Tensor | None) -> None:
         raise ShapeError(f"levels need at least one element, got shape {tuple(w.shape)}.")
     if (levels.rounding is Rounding.STOCHASTIC) != (noise is not None):
         raise SpecError(f"{levels}: stochastic rounding takes noise, nearest takes none; noise is {noise is not None}.")
-    if noise is not None and noise.shape != w.shape:
-        raise ShapeError(f"noise has shape {tuple(noise.shape)}, w has {tuple(w.shape)}.")
+    if noise is not None and noise.shape != (w.shape if noise.dtype != torch.int64 else (3,)):
+        raise ShapeError(
+            f"noise has shape {tuple(noise.shape)}, w has {tuple(w.shape)}: a number for each element, or int64 [3], a "
+            "draw and a key."
+        )

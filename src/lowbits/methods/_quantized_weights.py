@@ -49,8 +49,7 @@ class LevelView(View):
         levels, noise = self.levels, None
         if levels.rounding is Rounding.STOCHASTIC:
             if self.training:
-                draw, *key = self.draw.unbind()
-                noise = Noise((key[0], key[1])).uniform(w.shape, draw, device=w.device)
+                noise = self.draw
             else:
                 levels = Levels(levels.count, levels.buckets)
         q = round_to_levels(w, levels, noise, self.rounding)
