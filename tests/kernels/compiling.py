@@ -22,6 +22,7 @@ from triton.runtime.jit import JITFunction
 
 from lowbits import optim
 from lowbits.kernels import _blocks, pack_operand, quantize_operand, unpack_operand
+from lowbits.methods.geta import Quantizer, Slope, _launch
 from lowbits.nn import Grid, StepInit, quantize_parameter
 from lowbits.optim import GlobalNorm, _launched, _signature
 from lowbits.quantizers import Noise, Rounding
@@ -68,8 +69,10 @@ def compiling() -> Iterator[set[str]]:
     with ExitStack() as stack:
         stack.enter_context(patch.object(JITFunction, "run", run))
         stack.enter_context(patch.object(JITFunction, "__getitem__", launcher))
-        for module, name in ((_blocks, "_usable"), (_launched, "usable"), (_signature, "usable")):
-            stack.enter_context(patch.object(module, name, lambda _: True))
+        for module, name in (
+            (_blocks, "_usable"), (_launched, "usable"), (_signature, "usable"), (_launch, "launchable")
+        ):  # fmt: skip
+            stack.enter_context(patch.object(module, name, lambda *_: True))
         yield seen
 
 
@@ -101,9 +104,16 @@ def optimizers() -> None:
     step(optim.Lion8bit, codes(2, StepInit()), min_8bit_size=0)
 
 
+def learned_steps() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        for slope in Slope:
+            x = torch.randn(64, 128, dtype=dtype, requires_grad=True)
+            Quantizer(1.0, 8, slope)(x).sum().backward()
+
+
 def main() -> None:
     with compiling() as seen:
-        for what in (block_formats, optimizers):
+        for what in (block_formats, optimizers, learned_steps):
             before = len(seen)
             what()
             print(f"{what.__name__}: {len(seen) - before} kernels")

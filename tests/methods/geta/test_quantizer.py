@@ -106,6 +106,21 @@ def test_zero_the_edge_and_saturation_give_finite_gradients(x: list[float], dtyp
     assert y.dtype == dtype and all(p.grad is not None and p.grad.isfinite().all() for p in found)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_halves_are_quantized_in_float32(dtype: torch.dtype) -> None:
+    """In bfloat16 itself c / d would be rounded to 8 bits before it is rounded to a code."""
+    x = torch.randn(1000).to(dtype)
+    halves, floats = x.clone().requires_grad_(), x.float().requires_grad_()
+    one, other = geta.Quantizer(2.0, 9), geta.Quantizer(2.0, 9)
+    y, z = one(halves), other(floats)
+    assert torch.equal(y, z.to(dtype)) and torch.equal(one.codes(x), other.codes(x.float()))
+    y.backward(x)
+    z.backward(x.float())
+    for a, b in zip(one.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+    assert halves.grad is not None and floats.grad is not None and torch.equal(halves.grad, floats.grad.to(dtype))
+
+
 def test_an_all_zero_weight_is_quantized() -> None:
     layer = nn.Sequential(nn.Linear(3, 4))
     nn.init.zeros_(layer[0].weight)

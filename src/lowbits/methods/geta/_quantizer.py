@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbits.errors import SpecError
+from lowbits.methods.geta import _launch
 
 FINEST = 24.0
 """Bits beyond which no step may go: the float32 mantissa holds no more."""
@@ -30,19 +31,27 @@ class Slope(enum.Enum):
 
 class _Quantize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, step: Tensor, limit: Tensor, exponent: Tensor, slope: Slope) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, *rest: Any) -> Tensor:  # type: ignore[override]
+        (step, limit, exponent), (ctx.slope, ctx.share) = rest[:3], rest[3:]
         ctx.save_for_backward(x, step, limit, exponent)
-        ctx.slope = slope
-        magnitude = torch.minimum(x.abs(), limit).pow(exponent)
-        return (x.sign() * (torch.round(magnitude / step) * step)).to(x.dtype)
+        if _launch.launchable(x, step, limit, exponent):
+            return _launch.quantize(x, step, limit, exponent)
+        value = _wide(x, step)
+        magnitude = torch.minimum(value.abs(), limit).pow(exponent)
+        return (value.sign() * (torch.round(magnitude / step) * step)).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, step, limit, exponent = ctx.saved_tensors
-        size = x.abs()
+        if _launch.launchable(x, step, limit, exponent):
+            scalars = step, limit, exponent
+            d_x, sums = _launch.gradients(x, g, scalars, ctx.share, ctx.slope is Slope.MAPPED)
+            return d_x, *sums.unbind(), None, None
+        value, g = _wide(x, step), _wide(g, step)
+        size = value.abs()
         inside, clipped = size < limit, torch.minimum(size, limit)
         c = clipped.pow(exponent)
-        signed = g * x.sign()
+        signed = g * value.sign()
         residual = torch.round(c / step) - c / step
         d_step = (signed * residual).sum().to(step.dtype)
         d_limit = (signed * ~inside).sum().to(step.dtype) * exponent * limit.pow(exponent - 1)
@@ -50,7 +59,12 @@ class _Quantize(torch.autograd.Function):
         d_x = g * inside
         if ctx.slope is Slope.MAPPED:
             d_x = d_x * torch.where(inside & (size > 0), exponent * clipped.pow(exponent - 1), 1.0)
-        return d_x.to(x.dtype), d_step, d_limit, d_exponent, None
+        return d_x.to(x.dtype), *(d * ctx.share for d in (d_step, d_limit, d_exponent)), None, None
+
+
+def _wide(x: Tensor, scalar: Tensor) -> Tensor:
+    """Return a tensor of halves in the scalars' precision: torch would compute with a scalar in that of the tensor."""
+    return x.to(scalar.dtype) if x.element_size() < scalar.element_size() else x
 
 
 def quantize(x: Tensor, step: Tensor, limit: Tensor, exponent: Tensor, slope: Slope = Slope.ONE) -> Tensor:
@@ -72,7 +86,7 @@ def quantize(x: Tensor, step: Tensor, limit: Tensor, exponent: Tensor, slope: Sl
     >>> quantize(torch.tensor([-0.3, 0.6, 9.0]), *(torch.tensor(v) for v in (0.5, 2.0, 1.0)))
     tensor([-0.5000,  0.5000,  2.0000])
     """
-    return _Quantize.apply(x, step, limit, exponent, slope)  # type: ignore[return-value]
+    return _Quantize.apply(x, step, limit, exponent, slope, 1.0)  # type: ignore[return-value]
 
 
 def bits_of(step: Tensor, limit: Tensor, exponent: Tensor) -> Tensor:
@@ -98,10 +112,6 @@ def step_of(bits: Tensor | float, limit: Tensor, exponent: Tensor) -> Tensor:
     return limit.pow(exponent) / codes
 
 
-def _hidden(gradient: Tensor) -> Tensor:
-    return gradient * HIDING
-
-
 class Quantizer(nn.Module):
     """Hold step, range and exponent of one tensor, and quantize it.
 
@@ -117,14 +127,14 @@ class Quantizer(nn.Module):
             raise SpecError(
                 f"Quantizer: range {limit} and {bits} bits; the range must be finite, the bits 1 to {FINEST:g}."
             )
-        self.slope = slope
+        self.slope, self.share = slope, 1.0
         self.limit = nn.Parameter(torch.tensor(max(float(limit), SMALLEST_RANGE)))
         self.exponent = nn.Parameter(torch.tensor(1.0))
         self.step = nn.Parameter(step_of(bits, self.limit.detach(), self.exponent.detach()))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x on the quantizer's grid."""
-        return quantize(x, self.step, self.limit, self.exponent, self.slope)
+        return _Quantize.apply(x, self.step, self.limit, self.exponent, self.slope, self.share)  # type: ignore[return-value]
 
     @property
     def bits(self) -> Tensor:
@@ -133,9 +143,7 @@ class Quantizer(nn.Module):
 
     def hide_gradients_(self) -> None:
         """Scale the scalars' gradients by 2^-40: beside them a global norm is that of the weights alone."""
-        for scalar in (self.step, self.limit, self.exponent):
-            if not scalar._backward_hooks:
-                scalar.register_hook(_hidden)
+        self.share = HIDING
 
     @torch.no_grad()
     def set_bits_(self, bits: float) -> None:
@@ -152,8 +160,9 @@ class Quantizer(nn.Module):
     @torch.no_grad()
     def codes(self, x: Tensor) -> Tensor:
         """Return the integers k of x^Q = d k, int32; within 2^(b-1) - 1 of 0 for b bits."""
-        magnitude = torch.minimum(x.abs(), self.limit).pow(self.exponent)
-        return (x.sign() * torch.round(magnitude / self.step)).to(torch.int32)
+        value = _wide(x, self.step)
+        magnitude = torch.minimum(value.abs(), self.limit).pow(self.exponent)
+        return (value.sign() * torch.round(magnitude / self.step)).to(torch.int32)
 
     def extra_repr(self) -> str:
         """Say the width."""
