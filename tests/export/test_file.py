@@ -94,6 +94,13 @@ def test_sizes_by_an_independent_count_over_the_file(tmp_path: Path, coding: Cod
     assert f"{sizes.ratio:.2f} times smaller" in str(sizes)
 
 
+def test_weights_in_float64_keep_every_bit(tmp_path: Path) -> None:
+    coded = encode(torch.randn(7, 9, dtype=torch.float64), Levels(5, PerBlock(16)))
+    save_coded(tmp_path / "model.safetensors", CodedModel({"w": coded}, {}))
+    found = load_coded(tmp_path / "model.safetensors").state_dict()["w"]
+    assert found.dtype == torch.float64 and torch.equal(found, coded.dequantize())
+
+
 def test_published_formulas() -> None:
     assert [round(published_ratio(b, 256), 2) for b in (2, 4, 8)] == [14.22, 7.53, 3.88]
     assert published_bytes(0, 1_000_000, 4, 256) == pytest.approx(0.53e6, rel=0.01)  # the paper's student: 0.53 MB

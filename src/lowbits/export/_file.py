@@ -5,9 +5,9 @@ The file is a safetensors file:
 
     codes/NAME    uint8    packed in ceil(log2 L) bits each, or a Huffman stream
     begins/NAME   uint64   where each 4,096 symbols of the stream begin (Huffman alone)
-    low/NAME      float32  [B]
-    high/NAME     float32  [B]
-    points/NAME   float32  [L], where the points were learned
+    low/NAME      float32  [B]; float64 for a weight in float64
+    high/NAME     likewise
+    points/NAME   likewise, [L], where the points were learned
     lengths       uint8    bits of each symbol's code; one code for all tensors (Huffman alone)
     plain/NAME    any      what is not coded
 
@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -32,7 +32,7 @@ from torch import Tensor
 from lowbits.errors import CheckpointError, FormatError
 from lowbits.export._bits import bit_width, pack_bits, unpack_bits
 from lowbits.export._disk import write_whole
-from lowbits.export._huffman import HuffmanCode
+from lowbits.export._huffman import CHUNK, HuffmanCode
 from lowbits.export._points import Buckets, PointTensor
 from lowbits.export._sizes import Sizes, measure
 from lowbits.quantizers import PerBlock, PerGroup, PerRow, PerTensor
@@ -88,19 +88,19 @@ def save_coded(path: str | Path, model: CodedModel, coding: Coding = Coding.HUFF
         FormatError: nothing is coded, or two tensors have one name.
         RunError: the file cannot be written.
     """
-    data, sizes = _serialized(model, coding)
+    data, sizes = _serialized(model, dict(_parts(model, coding, _stream)))
     write_whole(Path(path), data)
     return sizes
 
 
 def coded_sizes(model: CodedModel, coding: Coding = Coding.HUFFMAN) -> Sizes:
-    """Return what `save_coded` would, and write nothing.
+    """Return what `save_coded` would, from the counts of the codes alone, and write nothing.
 
     Args:
         model: what would be written.
         coding: of the codes.
     """
-    return _serialized(model, coding)[1]
+    return _serialized(model, dict(_parts(model, coding, _blank)))[1]
 
 
 def load_coded(path: str | Path) -> CodedModel:
@@ -122,14 +122,9 @@ def load_coded(path: str | Path) -> CodedModel:
     return CodedModel(coded, plain, manifest["ties"])
 
 
-def _serialized(model: CodedModel, coding: Coding) -> tuple[bytes, Sizes]:
+def _serialized(model: CodedModel, tensors: dict[str, Tensor]) -> tuple[bytes, Sizes]:
     from safetensors.torch import save
 
-    if not model.coded:
-        raise FormatError("no weight is on few points; quantize some before saving, or write an ordinary checkpoint.")
-    if twice := set(model.coded) & set(model.plain):
-        raise FormatError(f"{sorted(twice)[0]} is both coded and plain; leave it out of one of them.")
-    tensors = dict(_parts(model, coding))
     entries = {
         name: {
             "shape": list(c.codes.shape),
@@ -141,6 +136,7 @@ def _serialized(model: CodedModel, coding: Coding) -> tuple[bytes, Sizes]:
         }
         for name, c in model.coded.items()
     }
+    coding = Coding.HUFFMAN if "lengths" in tensors else Coding.PACKED
     digests = {key: _digest(tensor) for key, tensor in sorted(tensors.items())}
     manifest = {"format": FORMAT, "coding": coding.value, "coded": entries, "ties": dict(model.ties), "sha256": digests}
     text = json.dumps(manifest, sort_keys=True)
@@ -150,22 +146,43 @@ def _serialized(model: CodedModel, coding: Coding) -> tuple[bytes, Sizes]:
     return data, measure(tensors, len(data), model.counts(), _dense_bytes(model))
 
 
-def _parts(model: CodedModel, coding: Coding) -> Iterator[tuple[str, Tensor]]:
+_Encode = Callable[[PointTensor, HuffmanCode | None], tuple[np.ndarray, np.ndarray]]
+
+
+def _stream(coded: PointTensor, code: HuffmanCode | None) -> tuple[np.ndarray, np.ndarray]:
+    """The bytes of the codes, and where the chunks of a Huffman stream begin."""
+    codes = coded.codes.reshape(-1).cpu().numpy()
+    if code is None:
+        return pack_bits(codes, bit_width(coded.points.numel())), np.empty(0, np.uint64)
+    return code.encode(codes)
+
+
+def _blank(coded: PointTensor, code: HuffmanCode | None) -> tuple[np.ndarray, np.ndarray]:
+    """As many zeros."""
+    elements = coded.codes.numel()
+    if code is None:
+        return np.zeros(-(-elements * bit_width(coded.points.numel()) // 8), np.uint8), np.empty(0, np.uint64)
+    counts = torch.bincount(coded.codes.reshape(-1), minlength=len(code.lengths)).tolist()
+    return np.zeros(-(-code.bits(counts) // 8), np.uint8), np.zeros(-(-elements // CHUNK), np.uint64)
+
+
+def _parts(model: CodedModel, coding: Coding, encode: _Encode) -> Iterator[tuple[str, Tensor]]:
+    if not model.coded:
+        raise FormatError("no weight is on few points; quantize some before saving, or write an ordinary checkpoint.")
+    if twice := set(model.coded) & set(model.plain):
+        raise FormatError(f"{sorted(twice)[0]} is both coded and plain; leave it out of one of them.")
     code = HuffmanCode.of_counts(model.counts()) if coding is Coding.HUFFMAN else None
     if code is not None:
         yield "lengths", torch.tensor(code.lengths, dtype=torch.uint8)
     for name, coded in model.coded.items():
-        codes = coded.codes.reshape(-1).cpu().numpy()
-        if code is None:
-            stream = pack_bits(codes, bit_width(coded.points.numel()))
-        else:
-            stream, begins = code.encode(codes)
+        stream, begins = encode(coded, code)
+        if code is not None:
             yield f"begins/{name}", torch.from_numpy(begins)
         yield f"codes/{name}", torch.from_numpy(stream)
-        yield f"low/{name}", coded.low.float().cpu().clone()
-        yield f"high/{name}", coded.high.float().cpu().clone()
+        yield f"low/{name}", coded.low.cpu().clone()
+        yield f"high/{name}", coded.high.cpu().clone()
         if coded.learned:
-            yield f"points/{name}", coded.points.float().cpu().clone()
+            yield f"points/{name}", coded.points.cpu().clone()
     for name, tensor in model.plain.items():
         yield f"plain/{name}", tensor.detach().cpu().clone().contiguous()
 
@@ -219,9 +236,9 @@ def _point_tensor(
     small = torch.from_numpy(codes.astype(np.uint8 if levels <= 256 else np.int32)).view(shape)
     kind, *sizes = entry["buckets"]
     learned = entry["learned"]
-    points = tensors[f"points/{name}"] if learned else even_points(levels)
     dtype = getattr(torch, entry["dtype"])
     low, high = tensors[f"low/{name}"], tensors[f"high/{name}"]
+    points = tensors[f"points/{name}"] if learned else even_points(levels, low.dtype)
     return PointTensor(small, points, low, high, _BUCKETS[kind](*sizes), dtype, learned, entry["transposed"])
 
 
