@@ -15,6 +15,9 @@ TABLE = {
 }  # fmt: skip
 
 
+DRAWN = TABLE | {"title": "Drawn", "drawing": '<svg class="mine"><text>a lane</text></svg>'}
+
+
 def told(root: Path) -> Path:
     """A baseline and an arm whose method logs `bits` and leaves a table."""
     arms: list[dict[str, object]] = [
@@ -32,7 +35,7 @@ def told(root: Path) -> Path:
                     line["method"] = {"bits": 6 - seed - line["step"] / 1000}
             (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
             result = json.loads((folder / "result.json").read_text())
-            (folder / "result.json").write_text(json.dumps(result | {"tables": [TABLE]}))
+            (folder / "result.json").write_text(json.dumps(result | {"tables": [TABLE, DRAWN]}))
     return root
 
 
@@ -42,10 +45,11 @@ def test_the_report_shows_what_a_method_told(tmp_path: Path) -> None:
     assert not baseline.method_curves and not baseline.method_tables
     curve = mine.method_curves["bits"]
     assert curve.mean[0] == (6 + 5) / 2 - curve.step[0] / 1000 and curve.high[0] - curve.low[0] == 1
-    assert mine.method_tables == (TABLE,)
+    assert mine.method_tables == (TABLE, DRAWN)
     page = (root / "report.html").read_text(encoding="utf-8")
     assert 'id="method-bits"' in page and "bf16+mine: Bits &lt;by&gt; layer" in page and "Darker is more." in page
     assert 'style="background:rgba(11,95,165,0.310)">0.5<' in page and ">4.25<" in page
+    assert page.count('<svg class="mine"><text>a lane</text></svg>') == 1
 
 
 def test_no_method_no_section(tmp_path: Path) -> None:

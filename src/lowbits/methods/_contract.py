@@ -8,6 +8,7 @@ calls these hooks and knows no method by name.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -44,6 +45,7 @@ class Table:
         rows: a name and a number, a text or nothing for each other column.
         note: one sentence below it: unit, and how to read it.
         shaded: the largest number, if the numbers are shares or levels of one scale and are to be shown as shades.
+        drawing: an SVG to be shown above it, with styles of its own alone.
     """
 
     title: str
@@ -51,6 +53,7 @@ class Table:
     rows: tuple[tuple[str | float | None, ...], ...]
     note: str = ""
     shaded: float | None = None
+    drawing: str = ""
 
 
 @dataclass(frozen=True)
@@ -123,6 +126,16 @@ class Method:
             model: prepared, not wrapped.
         """
         return {}
+
+    def write(self, model: nn.Module, folder: Path) -> None:
+        """Leave files of a finished run in its folder, beside its log: a smaller model, for example.
+
+        Called before `tables`, and again where a run was killed before its end was noted.
+
+        Args:
+            model: prepared and trained, not wrapped; it is trained no more.
+            folder: of the run.
+        """
 
     def tables(self, model: nn.Module) -> tuple[Table, ...]:
         """Return what the report of a finished run shows beside its curves.

@@ -395,6 +395,8 @@ def _finish(t: _Training, status: str, interrupts: Interrupts) -> dict[str, obje
             memory = measure_memory(t.model, t.optimizer, t.batches.loss, progress.step - 1)
         result["memory"] = memory.as_json()
         result["sample"] = sample(run, t.data, t.model, t.world)
+        with torch.compiler.set_stance("force_eager"):
+            run.method.write(t.model, t.out)
         result["tables"] = [asdict(table) for table in run.method.tables(t.model)]
     if status == "interrupted" and interrupts.caught is not None:
         result["signal"] = interrupts.caught.name

@@ -6,17 +6,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
+from torch import Tensor
+
 from lowbits.methods.geta._graph import Dimension, Graph
 
 ROW, LANE, LEFT, TOP = 18, 14, 380, 60
 _COLOURS = ("#2f6fb3", "#c4572d", "#3a8f5c", "#8a5bb0", "#b0892a", "#4a9aa8", "#b0476b", "#6b7280")
+# Under a class of its own: a style within an SVG holds for the whole page that it stands in.
 _STYLE = (
-    "text{font:12px system-ui,sans-serif;fill:#1f2937}.n{fill:#6b7280}.r:hover{fill:#eef2f7}.r{fill:transparent}"
-    "@media(prefers-color-scheme:dark){text{fill:#e5e7eb}.n{fill:#9ca3af}.r:hover{fill:#1f2937}}"
+    ".geta text{font:12px system-ui,sans-serif;fill:currentColor}.geta .n{opacity:.65}.geta .r{fill:transparent}"
+    ".geta .r:hover{fill:currentColor;fill-opacity:.08}"
 )
 
 
-def svg(graph: Graph) -> str:
+def svg(graph: Graph, keep: Tensor | None = None) -> str:
     """Return the drawing as an SVG of its own.
 
     A filled dot: the slices are driven to zero. A ring: they are cut at the end. Lanes that do not overlap share a
@@ -24,15 +27,18 @@ def svg(graph: Graph) -> str:
 
     Args:
         graph: of a model.
+        keep: bool `[units]`, which units are left, if some are gone.
     """
+    left = _left(graph, keep)
     rows = _rows(graph)
     lanes = _columns([(min(found), max(found)) for found in (_places(d, rows) for d in graph.dimensions)])
     width = LEFT + LANE * (max(lanes, default=0) + 2) + 20
     height = TOP + ROW * len(rows) + 20
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
-        f'role="img" aria-label="dependency graph"><style>{_STYLE}</style>',
-        f'<text x="10" y="22" font-weight="600">{len(graph.dimensions)} dimensions, {graph.units:,} units</text>',
+        f'class="geta" role="img" aria-label="dependency graph"><style>{_STYLE}</style>',
+        f'<text x="10" y="22" font-weight="600">{len(graph.dimensions)} dimensions, {graph.units:,} units'
+        f"{'' if keep is None else f', {int(keep.sum()):,} left'}</text>",
         '<text class="n" x="10" y="40">a lane: slices that go together; filled: driven to zero</text>',
     ]
     for name, place in rows.items():
@@ -40,8 +46,16 @@ def svg(graph: Graph) -> str:
         parts.append(f'<rect class="r" x="0" y="{y - 13}" width="{width}" height="{ROW}"/>')
         parts.append(f'<text x="10" y="{y}">{escape(_short(name))}</text>')
     for number, (dimension, lane) in enumerate(zip(graph.dimensions, lanes, strict=True)):
-        parts += _lane(dimension, rows, LEFT + LANE * lane, _COLOURS[number % len(_COLOURS)])
+        parts += _lane(dimension, left[number], rows, LEFT + LANE * lane, _COLOURS[number % len(_COLOURS)])
     return "\n".join([*parts, "</svg>"])
+
+
+def _left(graph: Graph, keep: Tensor | None) -> list[str]:
+    """Say of every dimension how many units it has, and how many are left."""
+    sizes = [dimension.size for dimension in graph.dimensions]
+    if keep is None:
+        return [f"{size:,} units" for size in sizes]
+    return [f"{int(part.sum()):,} of {size:,} units" for part, size in zip(keep.cpu().split(sizes), sizes, strict=True)]
 
 
 def page(graph: Graph, title: str) -> str:
@@ -100,13 +114,13 @@ def _columns(spans: Sequence[tuple[int, int]]) -> list[int]:
     return columns
 
 
-def _lane(dimension: Dimension, rows: dict[str, int], x: int, colour: str) -> list[str]:
+def _lane(dimension: Dimension, units: str, rows: dict[str, int], x: int, colour: str) -> list[str]:
     places = _places(dimension, rows)
     y = [TOP + ROW * place - 4 for place in (min(places), max(places))]
     parts = [f'<line x1="{x}" y1="{y[0]}" x2="{x}" y2="{y[1]}" stroke="{colour}" stroke-width="2"/>']
     for member, place in zip(dimension.members, places, strict=True):
         fill = colour if member.zeroed else "Canvas"
-        words = f"{dimension.name}, {dimension.size} units: {member.name}, axis {member.axis}"
+        words = f"{dimension.name}, {units}: {member.name}, axis {member.axis}"
         parts.append(
             f'<circle cx="{x}" cy="{TOP + ROW * place - 4}" r="4" fill="{fill}" stroke="{colour}" stroke-width="2">'
             f"<title>{escape(words)}</title></circle>"

@@ -3,22 +3,32 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from lowbits.errors import SpecError
+from lowbits.errors import ConversionError, SpecError
 from lowbits.methods._contract import Method, Position, Table
 from lowbits.methods.geta._construct import SubNetwork, construct
+from lowbits.methods.geta._cost import cost, dense_cost
+from lowbits.methods.geta._drawing import svg
 from lowbits.methods.geta._graph import Graph, trace
 from lowbits.methods.geta._layers import quantize_, quantizers
 from lowbits.methods.geta._qasso import Progress, Qasso
+from lowbits.methods.geta._saliency import check_reachable
+from lowbits.methods.geta._saving import save, save_pretrained
 from lowbits.methods.geta._schedule import START_BITS, Schedule, Target
 from lowbits.optim import param_groups
 
 STATE = "geta"
+PROGRAM, FOLDER = "sub-network", "sub-network-transformers"
+"""What a finished run leaves: a program of packed integers, and a `transformers` folder where a config can say it."""
 _BATCH, _LENGTH = 2, 7  # of the tokens that are traced with; two numbers that no axis of a model has
 
 
@@ -34,13 +44,16 @@ class State(nn.Module):
         super().__init__()
         self.progress, self.graph = progress, graph
         self.qasso: Qasso | None = None
+        self.small: SubNetwork | None = None
+        self.unsaid = ""  # why no config can say what is left
 
 
 @dataclass(frozen=True)
 class GETA(Method):
     """Prune and quantize while training, with `--recipe bf16`.
 
-    A tenth of the steps warms up, two tenths bring the bits down, three prune, four heal.
+    A tenth of the steps warms up, two tenths bring the bits down, three prune, four heal. The smaller network is left
+    in the run's folder: `sub-network` runs with torch alone, `sub-network-transformers` is a `transformers` folder.
 
     Args:
         sparsity: share of the units to prune, 0 to 0.999; exactly floor(sparsity * units) are.
@@ -69,6 +82,7 @@ class GETA(Method):
         vocabulary = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator, union-attr]
         ids = torch.arange(_BATCH * _LENGTH).remainder(vocabulary).view(_BATCH, _LENGTH)
         graph = trace(model, (), {"input_ids": ids})
+        check_reachable([dimension.size for dimension in graph.dimensions], self.target)
         quantize_(model, bits=START_BITS)
         layers = len(quantizers(model))
         setattr(model, STATE, State(Progress(graph.units, layers), graph))
@@ -104,16 +118,67 @@ class GETA(Method):
         mean, low, high, share = torch.stack([widths.mean(), widths.min(), widths.max(), pruned]).tolist()
         return {"bits": mean, "bits_lowest": low, "bits_highest": high, "units_pruned": share}
 
-    def tables(self, model: nn.Module) -> tuple[Table, ...]:
-        """Return the bits of every layer, and the units left of every dimension."""
+    def write(self, model: nn.Module, folder: Path) -> None:
+        """Build the sub-network, unless the run was shorter than the stages, and leave it in the run's folder."""
         state = _state(model)
-        kept = (~state.progress.pruned.cpu()).split([d.size for d in state.graph.dimensions])
+        if state.qasso is None or not state.qasso.done:
+            return
+        for name in (PROGRAM, FOLDER):
+            shutil.rmtree(folder / name, ignore_errors=True)  # of an attempt that was killed
+        with _on_the_cpu(model):
+            state.small = finished(model)
+            save(state.small, folder / PROGRAM, *state.graph.example)
+            try:
+                save_pretrained(state.small, state.graph, model, state.qasso.keep, folder / FOLDER)
+            except ConversionError as error:
+                state.unsaid = f" No {FOLDER}: {error}"
+
+    def tables(self, model: nn.Module) -> tuple[Table, ...]:
+        """Return what the sub-network costs, the units left of every dimension, and the bits of every layer."""
+        state = _state(model)
+        keep = ~state.progress.pruned.cpu()
+        kept = keep.split([d.size for d in state.graph.dimensions])
         rows = tuple((d.name, float(d.size), float(k.sum())) for d, k in zip(state.graph.dimensions, kept, strict=True))
         widths = tuple((name.rpartition(".")[0], float(q.bits)) for name, q in quantizers(model).items())
         return (
-            Table("Units", ("dimension", "units", "left"), rows, "Slices that can be cut, and how many stay."),
+            *_costs(state),
+            Table(
+                "Units",
+                ("dimension", "units", "left"),
+                rows,
+                "Slices that can be cut, and how many stay.",
+                drawing=svg(state.graph, keep),
+            ),
             Table("Bits", ("layer", "bits"), widths, "Bits of every quantized weight.", shaded=START_BITS),
         )
+
+
+def _costs(state: State) -> tuple[Table, ...]:
+    """Compare the sub-network with the dense one, both counted from their graphs for the traced example."""
+    if state.small is None:
+        return ()
+    whole, small = dense_cost(state.graph), cost(state.small, *state.graph.example)
+    rows = (
+        ("parameters", whole.parameters, small.parameters, small.parameters / whole.parameters),
+        ("multiplications, layers with weights", whole.macs, small.macs, small.macs / whole.macs),
+        ("BOPs, layers with weights", whole.bops, small.bops, small.relative_bops(whole)),
+        ("BOPs, with attention", whole.complete_bops, small.complete_bops, small.relative_complete_bops(whole)),
+        ("bytes as stored", whole.stored_bytes, small.stored_bytes, small.stored_bytes / whole.stored_bytes),
+    )
+    note = f"Counted from the sub-network in {PROGRAM}, for {_BATCH} sequences of {_LENGTH} tokens; dense: 32 bits."
+    note += state.unsaid
+    return (Table("Size", ("what", "dense", "sub-network", "share"), rows, note),)
+
+
+@contextmanager
+def _on_the_cpu(model: nn.Module) -> Iterator[None]:
+    """Bring a model to the device that it was traced on for a while: constants of the graph are there."""
+    device = next(model.parameters()).device
+    model.cpu()
+    try:
+        yield
+    finally:
+        model.to(device)
 
 
 def finished(model: nn.Module) -> SubNetwork:

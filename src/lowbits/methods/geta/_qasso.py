@@ -274,6 +274,12 @@ class Qasso:
         return ~self.progress.pruned.cpu()
 
     @property
+    def done(self) -> bool:
+        """Whether all units are gone that shall go, and all bits are whole."""
+        at = self.schedule.at(max(self._step_number() - 1, 0), self.target)
+        return at.stage is Stage.COOL_DOWN
+
+    @property
     def bits(self) -> dict[str, float]:
         """Bits of every quantizer now."""
         widths = bits_of(*self._scalars().unbind(1)).tolist()
