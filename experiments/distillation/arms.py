@@ -8,8 +8,10 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +39,7 @@ from lowbits.quantizers import PerBlock, PerTensor, Rounding
 
 Batch = tuple[tuple[Tensor, ...], Tensor]
 Result = dict[str, float]
+Runs = dict[str, list[Result]]
 Soft = Callable[[int, int, tuple[Tensor, ...]], Tensor | TopK]
 BUCKETS = {"no bucket": PerTensor(), "256": PerBlock(256), "64": PerBlock(64)}
 
@@ -87,6 +90,14 @@ class Task:
         """Return a teacher, trained or not."""
         raise NotImplementedError
 
+    def trained_teacher(self, seed: int) -> nn.Module:
+        """Return a teacher, trained from labels alone if the plan has steps for it."""
+        big = self.teacher(seed)
+        if self.plan.teacher_steps:
+            course = Course(self.plan.teacher_steps, self.plan.teacher_lr, Mixing(0.0))
+            learn(self, big, seed + 1000, course, big.parameters())
+        return big
+
     def student(self, seed: int) -> nn.Module:
         """Return a student with fresh weights."""
         raise NotImplementedError
@@ -102,6 +113,14 @@ class Task:
     def soft(self, teacher: Teacher, seed: int, step: int, inputs: tuple[Tensor, ...]) -> Tensor | TopK:
         """Return what the teacher says of a batch."""
         return teacher(*inputs)
+
+    def precision(self) -> AbstractContextManager[Any]:
+        """Return the context of every forward pass."""
+        return nullcontext()
+
+    def afterwards(self, seed: int) -> dict[str, float]:
+        """Return what is measured once, when all runs have ended."""
+        return {}
 
 
 def its_own(model: nn.Module) -> Soft:
@@ -144,7 +163,8 @@ class Course:
 
 def learn(task: Task, model: nn.Module, seed: int, course: Course, parameters: Iterable[nn.Parameter]) -> None:
     """Adam under half a cosine, ten warm-up steps; the same for every arm."""
-    optimizer = torch.optim.Adam(list(parameters), lr=course.lr)
+    chosen = list(parameters)
+    optimizer = torch.optim.Adam(chosen, lr=course.lr, fused=chosen[0].is_cuda)
     turn = math.pi / course.steps
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / 10) * (0.02 + 0.98 * (1 + math.cos(turn * step)) / 2)
@@ -153,8 +173,9 @@ def learn(task: Task, model: nn.Module, seed: int, course: Course, parameters: I
     for step in range(course.steps):
         inputs, labels = task.batch(seed, step)
         set_draw_(model, step)
-        logits = model(*inputs)
-        told = logits.detach() if course.soft is None else course.soft(seed, step, inputs)
+        with task.precision():
+            logits = model(*inputs)
+            told = logits.detach() if course.soft is None else course.soft(seed, step, inputs)
         loss = distillation_loss(logits, told, labels, course.mixing)
         optimizer.zero_grad()
         loss.backward()
@@ -168,9 +189,7 @@ def seed_run(task: Task, seed: int) -> Iterator[tuple[str, Result]]:
     """Carry out all arms of a seed: every student begins at the same weights and reads the same batches."""
     plan, labels = task.plan, Mixing(0.0)
     mixing = Mixing(temperature=plan.temperature)
-    big = task.teacher(seed)
-    if plan.teacher_steps:
-        learn(task, big, seed + 1000, Course(plan.teacher_steps, plan.teacher_lr, labels), big.parameters())
+    big = task.trained_teacher(seed)
     teacher = Teacher(big)
     yield "teacher", scored(task, big)
 
@@ -240,7 +259,9 @@ def shared_out(task: Task, model: nn.Module, seed: int, bits: int, course: Cours
     def loss(model: nn.Module, step: int) -> Tensor:
         inputs, labels = task.batch(seed, step)
         assert course.soft is not None
-        return distillation_loss(model(*inputs), course.soft(seed, step, inputs), labels, course.mixing)
+        with task.precision():
+            logits, told = model(*inputs), course.soft(seed, step, inputs)
+        return distillation_loss(logits, told, labels, course.mixing)
 
     norms = gradient_norms(model, loss, range(course.steps))
     return redistribute(dict.fromkeys(norms, 1 << bits), norms)
@@ -265,20 +286,35 @@ def scored(task: Task, model: nn.Module) -> Result:
     }  # fmt: skip
 
 
-def all_seeds(task: Task, out: Path, seeds: Sequence[int]) -> dict[str, list[Result]]:
-    """Run every seed that has no file yet; the arms of a seed by name."""
+def all_seeds(task: Task, out: Path, seeds: Sequence[int]) -> Runs:
+    """Run every seed that has no file yet; the arms of a seed by name.
+
+    What a seed that was cut off has measured stays in a file of its own, `TASK-SEED.part.json`.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    runs: dict[str, list[Result]] = {}
     for seed in seeds:
-        path = out / f"{task.name}-{seed}.json"
-        if not path.exists():
-            found: dict[str, Result] = {}
-            begun = time.process_time()
-            for name, result in seed_run(task, seed):
-                found[name] = result | {"cpu_seconds": round(time.process_time() - begun, 2)}
-                begun = time.process_time()
-                print(f"{task.name} seed {seed}: {name}: {result['score']:.4f}", flush=True)
-            path.write_text(json.dumps(found) + "\n", encoding="utf-8")
-        for name, result in json.loads(path.read_text(encoding="utf-8")).items():
-            runs.setdefault(name, []).append(result)
-    return runs
+        whole = out / f"{task.name}-{seed}.json"
+        part = whole.with_suffix(".part.json")
+        if whole.exists():
+            continue
+        found: dict[str, Result] = {}
+        begun, cpu = time.perf_counter(), time.process_time()
+        for name, result in seed_run(task, seed):
+            spent = {"seconds": time.perf_counter() - begun, "cpu_seconds": time.process_time() - cpu}
+            found[name] = result | {key: round(value, 2) for key, value in spent.items()}
+            begun, cpu = time.perf_counter(), time.process_time()
+            print(f"{task.name} seed {seed}: {name}: {result['score']:.4f}", flush=True)
+            part.write_text(json.dumps(found) + "\n", encoding="utf-8")
+        part.replace(whole)
+    return collected(task.name, out, seeds)
+
+
+def collected(name: str, out: Path, seeds: Sequence[int]) -> Runs:
+    """Return what the seeds have measured so far: the arms that all of them have, in their order."""
+    found: list[dict[str, Result]] = []
+    for seed in seeds:
+        for path in (out / f"{name}-{seed}.json", out / f"{name}-{seed}.part.json"):
+            if path.exists():
+                found.append(json.loads(path.read_text(encoding="utf-8")))
+                break
+    return {arm: [one[arm] for one in found] for arm in (found[0] if found else {}) if all(arm in one for one in found)}

@@ -3,37 +3,26 @@
 
 from __future__ import annotations
 
-import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
-from experiments.distillation.arms import Plan, Result, Task
-from lowbits.analysis import device_name, provenance
-
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
-Runs = dict[str, list[Result]]
+from experiments.checks import RESULTS, Check, save, tell
+from experiments.distillation.arms import Plan, Runs, Task
+from lowbits.analysis import provenance
 
 
 @dataclass(frozen=True)
-class Check:
-    """What should hold, what was measured, and whether it holds.
+class Ordering(Check):
+    """A claim that is judged on average; `measured` is the mean, and by seed.
 
     Args:
-        id: of the acceptance check, or of the table of the paper.
-        statement: that should hold.
-        measured: on average, and by seed.
-        holds: on average.
         seeds: in how many seeds it holds, of how many.
     """
 
-    id: str
-    statement: str
-    measured: str
-    holds: bool
     seeds: str
 
 
@@ -51,7 +40,7 @@ class Comparison:
         """Of every seed."""
         return [self.sign * (a - b) for a, b in zip(self.scores(arm), self.scores(other), strict=True)]
 
-    def better(self, id: str, arm: str, other: str, by: float = 0.0, statement: str = "") -> Check:
+    def better(self, id: str, arm: str, other: str, by: float = 0.0, statement: str = "") -> Ordering:
         """`arm` is better than `other` by more than `by`, on average."""
         found = self.advantage(arm, other)
         return check(
@@ -59,14 +48,14 @@ class Comparison:
         )
 
 
-def check(id: str, statement: str, found: list[float], holds: Callable[[float], bool]) -> Check:
+def check(id: str, statement: str, found: list[float], holds: Callable[[float], bool]) -> Ordering:
     """Judge the mean of a number, and say what it is in every seed."""
     mean = statistics.fmean(found)
     measured = f"{mean:+.4g} ({' '.join(f'{x:+.4g}' for x in found)})"
-    return Check(id, statement, measured, holds(mean), f"{sum(map(holds, found))} of {len(found)}")
+    return Ordering(id, statement, measured, holds(mean), f"{sum(map(holds, found))} of {len(found)}")
 
 
-def orderings(runs: Runs, plan: Plan, higher: bool) -> list[Check]:
+def orderings(runs: Runs, plan: Plan, higher: bool) -> list[Ordering]:
     """Sections 3.2 and 3.3: all that should reproduce on any task."""
     c = Comparison(runs, higher)
     distilled, few, many = "distilled, 32 bits", plan.bits[-1], plan.bits[0]
@@ -108,7 +97,7 @@ def orderings(runs: Runs, plan: Plan, higher: bool) -> list[Check]:
     return found
 
 
-def thresholds(task: str, runs: Runs) -> list[Check]:
+def thresholds(task: str, runs: Runs) -> list[Ordering]:
     """B18 to B20, with the numbers of the specification, which were read off other data of the same size."""
     c = Comparison(runs, task in ("digits", "images"))
     qd = "quantized distillation, {} bits, 64"
@@ -126,15 +115,46 @@ def thresholds(task: str, runs: Runs) -> list[Check]:
     return []
 
 
-def write(task: Task, runs: Runs, device: torch.device) -> Path:
-    """Write benchmarks/results/<device>/distillation_<task>.json and print the claims."""
-    judged = [*orderings(runs, task.plan, task.higher_is_better), *thresholds(task.name, runs)]
-    path = RESULTS / device_name(device) / f"distillation_{task.name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    about = {"unit": task.unit, "higher_is_better": task.higher_is_better, "plan": asdict(task.plan)}
-    whole = {"provenance": provenance(device), **about, "runs": runs, "checks": [asdict(one) for one in judged]}
-    path.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
-    for one in judged:
-        print(f"{'holds ' if one.holds else 'FAILS '} {one.id:5} {one.statement}: {one.measured}, {one.seeds}")
-    print(f"wrote {path}")
+def published(task: Task, runs: Runs) -> list[Ordering]:
+    """The numbers that the specification wants of a GPU."""
+    c = Comparison(runs, task.higher_is_better)
+    qd, distilled = "quantized distillation, {} bits, " + task.plan.qd[-1], "distilled, 32 bits"
+    if task.name == "text_gpu":
+        near = c.advantage(qd.format(4), distilled)
+        return [check("H200", "4-bit QD: perplexity at most 1.02 of the distilled", near, lambda x: x > -0.0198)]
+    if task.name != "images_gpu":
+        return []
+    score = c.scores
+    return [
+        c.better("H200", distilled, "labels, 32 bits", 2.0),
+        c.better("H200", qd.format(4), distilled, -1.5, "4-bit QD at most 1.5 points below 32 bits"),
+        check("H200", "teacher at least 89 %", score("teacher"), lambda x: x >= 89),
+        check("H200", "2 bits after training below 40 %", score("after training, 2 bits, 256"), lambda x: x < 40),
+        check("H200", "2-bit QD above 75 %", score(qd.format(2)), lambda x: x > 75),
+        check("H200", "4-bit QD, packed file within 3 % of 0.53 MB",
+              [r["packed_bytes"] / 1e6 for r in runs[qd.format(4)]], lambda x: abs(x / 0.53 - 1) <= 0.03),
+    ]  # fmt: skip
+
+
+def write(task: Task, runs: Runs, device: torch.device, results: Path = RESULTS) -> Path:
+    """Write benchmarks/results/<device>/distillation_<task>.json with all that was measured, and print the claims."""
+    kinds = (orderings(runs, task.plan, task.higher_is_better), thresholds(task.name, runs), published(task, runs))
+    found = [one for kind in kinds for one in kind]
+    save_runs(task, runs, device, results, found)  # so that a run that is cut off now has everything else
+    path = save_runs(task, runs, device, results, found, task.afterwards(0))
+    tell(path, found)
     return path
+
+
+def save_runs(  # noqa: PLR0913  what the file holds
+    task: Task,
+    runs: Runs,
+    device: torch.device,
+    results: Path,
+    found: Sequence[Ordering] = (),
+    once: Mapping[str, float] | None = None,
+) -> Path:
+    """Write what there is, of a run that may be cut off."""
+    content = {"unit": task.unit, "higher_is_better": task.higher_is_better, "plan": asdict(task.plan)}
+    whole = {**content, "once": dict(once or {}), "runs": runs}
+    return save(f"distillation_{task.name}", provenance(device), whole, found, results)

@@ -23,18 +23,24 @@ class Images(Task):
     name, unit, higher_is_better = "images", "accuracy, %", True
     plan = Plan(bits=(4, 2), qd=("256",), steps=200, teacher_steps=0, dq_steps=50, lr=5e-3, teacher_lr=0.0)
 
-    def __init__(self, folder: Path, weights: Path, cache: Path, device: str = "cpu") -> None:
-        self.images, self.labels = (part.to(device) for part in mosaic(folder, "train_10000"))
-        self.test, self.truth = (part.to(device) for part in mosaic(folder, "test_10000"))
-        self.device = device
-        self.weights = weights
+    def __init__(self, folder: Path, weights: Path, cache: Path) -> None:
+        self.load(folder, weights, "cpu")
         self.cache = TeacherCache.create(cache, CacheSettings("ResNet-20", 10, 10, self.plan.temperature))
 
-    def teacher(self, seed: int) -> nn.Module:
+    def load(self, folder: Path, weights: Path, device: str) -> None:
+        self.images, self.labels = (part.to(device) for part in mosaic(folder, "train_10000"))
+        self.test, self.truth = (part.to(device) for part in mosaic(folder, "test_10000"))
+        self.device, self.weights = device, weights
+
+    def resnet(self) -> nn.Module:
         model = ResNet20()
         with np.load(self.weights) as stored:
             model.load_state_dict({key: torch.from_numpy(stored[key]) for key in stored}, strict=False)
-        teacher = Teacher(model.to(self.device))
+        return model.to(self.device)
+
+    def teacher(self, seed: int) -> nn.Module:
+        model = self.resnet()
+        teacher = Teacher(model)
         for begin in range(0, len(self.images), 500):  # goes on where an earlier run ended
             for flip in (0, 1):
                 keys = [2 * i + flip for i in range(begin, begin + 500)]
@@ -76,10 +82,19 @@ class Images(Task):
 
 
 class PublishedStudent(Images):
-    """The paper's first student, 1 M parameters, for a GPU; but from 10,000 images, and a ResNet-20 teaches."""
+    """The paper's first student, 1 M parameters, for a GPU; but from 10,000 images, and a ResNet-20 teaches.
+
+    Images are mirrored and shifted by up to four pixels, and the teacher sees them so.
+    """
 
     name = "images_gpu"
-    plan = Plan(bits=(4, 2), qd=("256",), steps=3000, teacher_steps=0, dq_steps=400, lr=2e-3, teacher_lr=0.0)
+    plan = Plan(bits=(4, 2), qd=("256",), steps=3000, teacher_steps=0, dq_steps=300, lr=2e-3, teacher_lr=0.0)
+
+    def __init__(self, folder: Path, weights: Path, device: str) -> None:
+        self.load(folder, weights, device)
+
+    def teacher(self, seed: int) -> nn.Module:
+        return self.resnet()
 
     def student(self, seed: int) -> nn.Module:
         def make() -> nn.Sequential:
@@ -90,6 +105,16 @@ class PublishedStudent(Images):
             return nn.Sequential(*layers, *head)
 
         return fresh(make, seed).to(self.device)
+
+    def batch(self, seed: int, step: int) -> Batch:
+        rows, flip = self.drawn(seed, step)
+        down, right = torch.randint(0, 9, (2,), generator=generator(seed, step, 1)).tolist()
+        x = self.images[rows]
+        x = pad(x.flip(3) if flip else x, (4, 4, 4, 4))[:, :, down : down + 32, right : right + 32]
+        return (x,), self.labels[rows]
+
+    def soft(self, teacher: Teacher, seed: int, step: int, inputs: tuple[Tensor, ...]) -> Tensor:  # type: ignore[override]
+        return teacher(*inputs)
 
 
 class Block(nn.Module):

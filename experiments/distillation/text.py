@@ -34,10 +34,10 @@ class Characters(Task):
         self.held = held[begins[:, None] + torch.arange(BLOCK + 1)]
 
     def teacher(self, seed: int) -> nn.Module:
-        return fresh(lambda: Llama(self.characters, 96, 3), seed + 500)
+        return fresh(lambda: llama(self.characters, 96, 3), seed + 500)
 
     def student(self, seed: int) -> nn.Module:
-        return fresh(lambda: Llama(self.characters, 32, 2), seed)
+        return fresh(lambda: llama(self.characters, 32, 2), seed)
 
     def batch(self, seed: int, step: int) -> Batch:
         begins = torch.randint(0, len(self.ids) - BLOCK - 1, (BATCH, 1), generator=generator(seed, step))
@@ -48,19 +48,26 @@ class Characters(Task):
         return cross_entropy(model(self.held[:, :-1]).flatten(0, 1), self.held[:, 1:].flatten()).item()
 
 
-class Llama(nn.Module):
-    """Logits of a Llama."""
+def llama(characters: int, width: int, layers: int) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    def __init__(self, characters: int, width: int, layers: int) -> None:
+    config = LlamaConfig(
+        vocab_size=characters, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers,
+        num_attention_heads=width // 16, max_position_embeddings=BLOCK, tie_word_embeddings=False,
+    )  # fmt: skip
+    return LogitsOf(LlamaForCausalLM(config))
+
+
+class LogitsOf(nn.Module):
+    """Logits of a language model of transformers.
+
+    Args:
+        network: the model.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
         super().__init__()
-        from transformers import LlamaConfig, LlamaForCausalLM
-
-        self.network = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=characters, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers,
-                num_attention_heads=width // 16, max_position_embeddings=BLOCK, tie_word_embeddings=False,
-            )
-        )  # fmt: skip
+        self.network = network
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.network(input_ids=ids, use_cache=False).logits

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import json
 import lzma
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,9 +13,10 @@ import pytest
 import torch
 from torch import nn
 
-from experiments.distillation import arms, checks, text, translation
+from experiments.distillation import arms, checks, gpu, text, translation
 from experiments.distillation.images import PublishedStudent, ResNet20
 from lowbits.methods.distillation import Mixing
+from tests.train.tiny import tokens
 
 PLAN = arms.Plan(bits=(4, 2), qd=("64",), steps=6, teacher_steps=6, dq_steps=3, lr=1e-2, teacher_lr=1e-2, extras=True)
 
@@ -42,12 +45,29 @@ def test_a_seed_runs_every_arm_once_and_again_gives_the_same(tmp_path: Path) -> 
     torch.manual_seed(77)
     again = arms.all_seeds(Toy(), tmp_path / "two", [5])
     for name, (found,) in runs.items():
-        assert {**again[name][0], "cpu_seconds": 0} == {**found, "cpu_seconds": 0}
+        timeless = {"seconds": 0, "cpu_seconds": 0}
+        assert {**again[name][0], **timeless} == {**found, **timeless}
     before = (tmp_path / "one" / "toy-5.json").stat().st_mtime_ns
     assert arms.all_seeds(Toy(), tmp_path / "one", [5]) == runs
     assert (tmp_path / "one" / "toy-5.json").stat().st_mtime_ns == before
     found = runs["quantized distillation, 4 bits, 64"][0]
     assert found["huffman_bytes"] > found["header_bytes"] and found["entropy"] <= found["code_bits"] <= 4
+
+
+def test_a_run_that_is_cut_off_leaves_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cut_off(task: arms.Task, seed: int):
+        yield "teacher", {"score": 1.0}
+        if seed == 1:
+            raise KeyboardInterrupt
+        yield "labels, 32 bits", {"score": 2.0}
+
+    monkeypatch.setattr(arms, "seed_run", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        arms.all_seeds(Toy(), tmp_path, [0, 1])
+    found = arms.collected("toy", tmp_path, [0, 1, 2])
+    assert {name: [one["score"] for one in results] for name, results in found.items()} == {"teacher": [1.0, 1.0]}
+    path = checks.save_runs(Toy(), found, torch.device("cpu"), tmp_path)
+    assert json.loads(path.read_text(encoding="utf-8"))["runs"] == found
 
 
 def test_an_arm_learns() -> None:
@@ -121,6 +141,22 @@ def test_published_student_and_stored_teacher(shared_data: Path) -> None:
     student = PublishedStudent.student(type("Here", (), {"device": "cpu"})(), 0)  # type: ignore[arg-type]
     weights = sum(p.numel() for p in student.parameters() if p.ndim >= 2)
     assert weights == pytest.approx(1e6, rel=0.01)
+
+
+def test_one_teacher_on_real_text_for_all_seeds(tmp_path: Path) -> None:
+    task = gpu.Pages(tokens(tmp_path).folder, tmp_path, "cpu", "gpt2-pico", batch=2, block=32)
+    task.plan = task.plan.scaled(0.004)
+    big = task.trained_teacher(0)
+    again = gpu.Pages(tmp_path / "tokens", tmp_path, "cpu", "gpt2-pico", batch=2, block=32).trained_teacher(2)
+    pairs = zip(big.parameters(), again.parameters(), strict=True)
+    assert all(torch.equal(a, b) and a.dtype == torch.bfloat16 for a, b in pairs)
+    student = task.student(0)
+    assert len(student.network.transformer.h) == 2 and len(big.network.transformer.h) == 4
+    (ids,), labels = task.batch(0, 3)
+    assert torch.equal(ids[:, 1:], labels[:, :-1]) and not torch.equal(task.batch(1, 3)[1], labels)
+    assert task.score(student.eval()) == pytest.approx(torch.tensor(300.0).log().item(), abs=0.3)
+    found = task.afterwards(0)
+    assert len(found) == 5 and all(map(math.isfinite, found.values()))
 
 
 def replace_plan(task: arms.Task, **changes: int) -> arms.Task:

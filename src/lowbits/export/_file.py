@@ -71,7 +71,7 @@ class CodedModel:
     def counts(self) -> list[int]:
         """Return how often each code occurs, over all tensors."""
         largest = max((coded.points.numel() for coded in self.coded.values()), default=1)
-        total = sum(torch.bincount(c.codes.reshape(-1).long().cpu(), minlength=largest) for c in self.coded.values())
+        total = sum(torch.bincount(c.codes.reshape(-1), minlength=largest).cpu() for c in self.coded.values())
         return total.tolist() if isinstance(total, Tensor) else []
 
 

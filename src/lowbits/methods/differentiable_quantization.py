@@ -59,6 +59,8 @@ __all__ = [
     "resulting_bits",
 ]
 
+_ADDRESSES = 4096
+
 
 class Start(Enum):
     """Where points begin."""
@@ -175,9 +177,16 @@ class _LookedUp(torch.autograd.Function):
         found = None
         if ctx.needs_input_grad[1]:
             each = gradient_bucketed(g, ctx.buckets).double() * extent  # a point gathers thousands of terms
-            total = torch.zeros(points.numel(), dtype=torch.float64, device=g.device)
-            found = total.index_add_(0, codes.reshape(-1).long(), each.reshape(-1)).to(points.dtype)
+            found = _summed(codes.reshape(-1).long(), each.reshape(-1), points.numel()).to(points.dtype)
         return (g if ctx.needs_input_grad[0] else None), found, None
+
+
+def _summed(codes: Tensor, terms: Tensor, count: int) -> Tensor:
+    """Add up the terms of each code; neighbours into sums of their own: on a GPU all would wait for a few addresses."""
+    lanes = max(1, _ADDRESSES // count)
+    where = codes * lanes + torch.arange(codes.numel(), device=codes.device) % lanes
+    total = torch.zeros(count * lanes, dtype=terms.dtype, device=terms.device)
+    return total.index_add_(0, where, terms).view(count, lanes).sum(1)
 
 
 def learn_points_(
