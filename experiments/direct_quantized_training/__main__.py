@@ -2,26 +2,43 @@
 """Direct quantized training, measured (docs/papers/direct-quantized-training.md).
 
     python -m experiments.direct_quantized_training cpu --data DATA --out runs/dqt-cpu     T1 to T7, on a CPU
-    lowbits data prepare DATA/text/wiki.train.txt.xz --vocab-size 32000 --out TOKENS       the text of what follows
+    lowbits data prepare DATA/text/wiki.train.txt.xz --validation DATA/text/wiki.val.txt.xz --vocab-size 32000 --out TOKENS
 
-and on a GPU, where TOKENS is that folder; results go to benchmarks/results/<device>/dqt_*.json:
+and on a GPU, where TOKENS is that folder; seconds are of an H200:
 
-    ... search --data TOKENS --out FILE.json [--arms ...]                  learning rates of `gpu`
-    ... gpu --data TOKENS --out FILE.json [--arms ...] [--seeds ...]       H1, H2, H6: the 130M shape
-    ... gpu-report FILE.json ...                                           what all calls of `gpu` found
-    ... memory                                                             bytes a parameter, and those of peers
-    ... largest                                                            the largest model that fits
-    ... pretrain --data TOKENS --layers 40                                 50 steps of 30 billion parameters or more
-    ... update-time | layer-time                                           H3 | H4
-    torchrun --nproc-per-node 2 -m experiments.direct_quantized_training ranks    H5, two GPUs
-"""
+    ... memory                                        90   bytes a parameter, and those of peers
+    ... pretrain --data TOKENS                       150   50 steps of 33 billion parameters
+    ... update-time                                   30   H3
+    ... layer-time                                    15   H4
+    ... gpu-speed --data TOKENS                       40   H2, H6
+    ... largest                                      400   the largest model that fits
+    ... gpu --data TOKENS --out RUNS --jobs 4        500   H1: learning rates, then six arms on three seeds
+    ... gpu-report RUNS ...                            1   what all calls of `gpu` found
+    torchrun --nproc-per-node 2 -m experiments.direct_quantized_training ranks    60   H5, two GPUs
+
+Results go to benchmarks/results/<device>/dqt_*.json as soon as there are some; a call that is cut off has written what it
+has, and another call adds to it. Peers are measured where they are installed. Every command runs on a CPU too, at a tiny
+size (`--shape 512 64 176 2 4 --results /tmp/x`), to be tried out.
+"""  # noqa: E501  a command is one line
 
 from __future__ import annotations
 
 import argparse
+import os
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+
+from experiments.checks import RESULTS
+
+
+def _add_sizes(parser: argparse.ArgumentParser, *needed: str) -> None:
+    if "data" in needed:
+        parser.add_argument("--data", type=Path, required=True, help="a folder of tokens")
+    if "shape" in needed:
+        parser.add_argument("--shape", nargs=5, type=int, metavar=("VOCABULARY", "WIDTH", "FFN", "LAYERS", "HEADS"))
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where <device>/dqt_*.json goes")
 
 
 def arguments() -> argparse.Namespace:
@@ -30,32 +47,44 @@ def arguments() -> argparse.Namespace:
     cpu = commands.add_parser("cpu")
     cpu.add_argument("--data", type=Path, required=True, help="a folder with text/tinyshakespeare/input.txt.xz")
     cpu.add_argument("--out", type=Path, required=True, help="folder of the runs")
-    for name in ("gpu", "search"):
+    for name, steps in (("gpu", 500), ("gpu-speed", 30)):
         command = commands.add_parser(name)
-        command.add_argument("--data", type=Path, required=True, help="a folder of tokens")
-        command.add_argument("--out", type=Path, required=True, help="file of the runs")
-        command.add_argument("--arms", nargs="+", default=None)
-        command.add_argument("--native", action="store_true", help="fprop of codes on integer units")
+        _add_sizes(command, "data", "shape")
+        command.add_argument("--arms", nargs="+", default=None, help="all that the claims are about, unless given")
+        command.add_argument("--steps", type=int, default=steps)
+        command.add_argument("--batch", type=int, default=16, help="sequences")
+        command.add_argument("--length", type=int, default=512)
         if name == "gpu":
+            command.add_argument("--out", type=Path, required=True, help="folder of the runs, a file each")
             command.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-            command.add_argument("--steps", type=int, default=600)
-    commands.add_parser("gpu-report").add_argument("files", nargs="+", type=Path)
-    memory = commands.add_parser("memory")
-    memory.add_argument("--ways", nargs="+", default=None)
-    memory.add_argument("--layers", type=int, default=32)
-    largest = commands.add_parser("largest")
-    largest.add_argument("--ways", nargs="+", default=None)
-    largest.add_argument("--tokens", type=int, default=2049)
+            command.add_argument("--jobs", type=int, default=1, help="runs at once")
+    report = commands.add_parser("gpu-report")
+    report.add_argument("folders", nargs="+", type=Path)
+    _add_sizes(report)
+    for name in ("memory", "largest"):
+        command = commands.add_parser(name)
+        _add_sizes(command, "shape")
+        command.add_argument("--ways", nargs="+", default=None, help="all, unless given")
+        if name == "largest":
+            command.add_argument("--tokens", type=int, default=2049)
     pretrain = commands.add_parser("pretrain")
-    pretrain.add_argument("--data", type=Path, required=True, help="a folder of tokens")
-    pretrain.add_argument("--layers", type=int, default=40)
+    _add_sizes(pretrain, "data", "shape")
+    pretrain.add_argument("--layers", type=int, default=None, help="40, which are 32.9 billion parameters")
     pretrain.add_argument("--steps", type=int, default=50)
     pretrain.add_argument("--sequences", type=int, default=4)
     pretrain.add_argument("--length", type=int, default=512)
     pretrain.add_argument("--way", default="ternary AdamW4bit")
     pretrain.add_argument("--lr", type=float, default=1e-4)
-    for name in ("update-time", "layer-time", "ranks"):
-        commands.add_parser(name)
+    update = commands.add_parser("update-time")
+    update.add_argument("--width", type=int, default=2048)
+    update.add_argument("--layers", type=int, default=20)
+    layer = commands.add_parser("layer-time")
+    layer.add_argument("--width", type=int, default=4096)
+    layer.add_argument("--tokens", type=int, default=8192)
+    ranks = commands.add_parser("ranks")
+    ranks.add_argument("--steps", type=int, default=100)
+    for command in (update, layer, ranks):
+        _add_sizes(command, *(["shape"] if command is ranks else []))
     return parser.parse_args()
 
 
@@ -67,40 +96,62 @@ def main() -> None:
 
             torch.set_num_threads(1)
             cpu.main(told.data, told.out)
-        case "gpu" | "search" | "gpu-report":
+        case "gpu" | "gpu-speed" | "gpu-report":
             _gpu(told)
         case "memory" | "largest" | "pretrain":
             _memory(told)
         case "ranks":
             from experiments.direct_quantized_training import ranks
 
-            ranks.main()
+            ranks.main(_shape(told, ranks.SHAPE), told.steps, told.results)
+        case "update-time":
+            from experiments.direct_quantized_training import speed
+
+            speed.update(told.width, told.layers, told.results)
         case _:
             from experiments.direct_quantized_training import speed
 
-            speed.update() if told.command == "update-time" else speed.layer()
+            speed.layer(told.tokens, told.width, told.results)
+
+
+def _shape(told: argparse.Namespace, usual):  # noqa: ANN001, ANN202  a Shape, which is imported late
+    if told.shape is None:
+        return usual
+    vocab, width, ffn, layers, heads = told.shape
+    return replace(usual, vocab=vocab, width=width, ffn=ffn, layers=layers, heads=heads)
 
 
 def _gpu(told: argparse.Namespace) -> None:
     from experiments.direct_quantized_training import gpu
+    from experiments.direct_quantized_training.model import LLAMA_130M
 
+    if told.command == "gpu-report":
+        gpu.report(told.folders, told.results)
+        return
+    shape = _shape(told, LLAMA_130M)
+    out = told.out if told.command == "gpu" else Path()
+    sizes = gpu.Sizes(told.data, out, shape, told.steps, told.batch, told.length)
     if told.command == "gpu":
-        gpu.main(told.data, told.out, told.arms or gpu.NAMES, told.seeds, told.steps, told.native)
-    elif told.command == "search":
-        gpu.search(told.data, told.out, told.arms or gpu.NAMES[:4], told.native)
+        gpu.main(sizes, told.arms or gpu.NAMES, told.seeds, told.jobs)
     else:
-        gpu.report(told.files)
+        gpu.speed(sizes, told.arms or gpu.SPEEDS, told.results)
 
 
 def _memory(told: argparse.Namespace) -> None:
+    # Blocks of many sizes come and go: without it the allocator keeps gigabytes that fit nothing.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     from experiments.direct_quantized_training import memory
+    from experiments.direct_quantized_training.ways import WAYS
 
     if told.command == "memory":
-        memory.bytes_a_parameter(told.ways or list(memory.WAYS), told.layers)
+        memory.bytes_a_parameter(told.ways or list(WAYS), _shape(told, memory.MIDDLE), told.results)
     elif told.command == "largest":
-        memory.largest(told.ways or list(memory.WAYS), told.tokens, memory.GUESSES)
+        memory.largest(told.ways or list(WAYS), _shape(told, memory.WIDE), told.tokens, told.results)
     else:
-        memory.pretrain(told.data, told.layers, told.steps, told.sequences, told.length, told.way, told.lr)
+        shape = _shape(told, memory.WIDE)
+        shape = shape if told.layers is None else replace(shape, layers=told.layers)
+        kept = {key: getattr(told, key) for key in ("way", "lr", "steps", "sequences", "length")}
+        memory.pretrain(told.data, shape, kept, told.results)
 
 
 if __name__ == "__main__":

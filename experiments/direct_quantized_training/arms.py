@@ -3,14 +3,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lowbits import recipes
-from lowbits.methods.dqt import Environment, Scope, quantize_
+from lowbits.methods.bitnet import HYPER
+from lowbits.methods.dqt import Environment, Scope, States, quantize_
 from lowbits.nn import Execution, Grid, QParameter, Scaling, StepInit, StepRule, convert_, sub_norm_
 from lowbits.optim import AdamW, CodecOptimizer
 from lowbits.quantizers import Rounding
@@ -40,6 +43,9 @@ class Arm:
         frozen: the linear layers are not trained.
         sub_norms: with the norms of BitNet.
         execution: of the layers of codes.
+        states: of the moments of codes.
+        dropped: the smallest fifth of each tensor's updates is left out.
+        hyper: name of a published set of hyper-parameters, for all parameters; the run's warm-up and decay stay.
     """
 
     kind: Kind = Kind.DQT
@@ -52,6 +58,9 @@ class Arm:
     frozen: bool = False
     sub_norms: bool = True
     execution: Execution = Execution.SIMULATED
+    states: States = States.FLOAT32
+    dropped: bool = False
+    hyper: str | None = None
 
     def prepare_(self, model: nn.Module) -> None:
         """Change a model that was drawn: norms first, so that every arm starts from the same numbers."""
@@ -76,7 +85,32 @@ class Arm:
         ours = [p for p in model.parameters() if p.requires_grad and (id(p) in mine or isinstance(p, QParameter))]
         rest = [p for p in model.parameters() if p.requires_grad and not any(p is q for q in ours)]
         groups = [{"params": ps, "lr": rate} for ps, rate in ((ours, lr), (rest, other_lr)) if ps]
-        return AdamW(groups, rounding=Rounding.STOCHASTIC, **hyper)
+        groups[0].update(self.states.codecs if ours else {})
+        if self.hyper is not None:
+            hyper |= {"betas": HYPER[self.hyper].betas, "eps": HYPER[self.hyper].eps}
+        return (WithoutSmallest if self.dropped else AdamW)(groups, rounding=Rounding.STOCHASTIC, **hyper)
+
+    def schedule_(
+        self, groups: Sequence[dict[str, Any]], peaks: Sequence[float], step: int, steps: int, share: float
+    ) -> None:
+        """Set learning rates to a share of their peaks; a published set says peaks and decay of all groups itself."""
+        for group, peak in zip(groups, peaks, strict=True):
+            decay = group["weight_decay"]
+            if self.hyper is not None:
+                peak, decay = HYPER[self.hyper].at(step, steps)
+            group["lr"], group["weight_decay"] = peak * share, decay
+
+
+class WithoutSmallest(AdamW):
+    """AdamW that leaves out the smallest fifth of the updates of each tensor of codes (arXiv:2412.04787, sec. 5.3)."""
+
+    def _new(self, target: Any, p: Tensor, g: Tensor, moments: Any, h: Any) -> Any:
+        new, moments = super()._new(target, p, g, moments, h)
+        if isinstance(target.parameter, QParameter):
+            size = (new - p).abs()
+            least = size.flatten().kthvalue(max(1, size.numel() // 5)).values
+            new = torch.where(size <= least, p, new)
+        return new, moments
 
 
 def linears(model: nn.Module) -> dict[str, nn.Linear]:
@@ -105,5 +139,13 @@ ARMS: dict[str, Arm] = {
     "dqt_8_bf16": Arm(bits=8, environment=Environment.BF16),
     "dqt_ternary_bf16": Arm(bits=1.58, environment=Environment.BF16),
     "dqt_8_fp8": Arm(bits=8, environment=Environment.FP8),
+    "dqt_8_int8": Arm(bits=8, environment=Environment.INT8),
+    "dqt_ternary_channel": Arm(bits=1.58, init=StepInit(per_channel=True)),
+    "dqt_8_states8": Arm(bits=8, states=States.EIGHT),
+    "dqt_8_states4": Arm(bits=8, states=States.FOUR),
+    "dqt_ternary_states4": Arm(bits=1.58, states=States.FOUR),
+    "dqt_8_dropped": Arm(bits=8, dropped=True),
+    "dqt_ternary_dropped": Arm(bits=1.58, dropped=True),
+    "bitnet_official": Arm(Kind.BITNET, hyper="official-700m"),
 }
 """Every arm by name."""

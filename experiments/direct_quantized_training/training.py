@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.direct_quantized_training.arms import Arm, Kind, linears
+from experiments.direct_quantized_training.device import Span, measured
 from experiments.direct_quantized_training.model import Llama, Shape, start_
 from lowbits.formats import TERNARY
 from lowbits.methods.dqt import Environment, codes_of, ternary_weights
@@ -64,32 +66,34 @@ def run(arm: Arm, plan: Plan, lr: float, seed: int, batch: Batch, device: torch.
     optimizer = arm.optimizer(model, lr, plan.other_lr, seed=seed, **plan.hyper)
     peaks = [group["lr"] for group in optimizer.param_groups]
     shares: list[tuple[int, float]] = []
-    losses, begun, watch = [], time.perf_counter(), Watch(device)
+    losses, begun, spans = [], time.perf_counter(), list[Span]()
     for step in range(plan.steps):
-        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-            group["lr"] = peak * factor(step, plan)
+        arm.schedule_(optimizer.param_groups, peaks, step, plan.steps, factor(step, plan))
         looks = step % plan.watch_every == plan.watch_every - 1 or step in (plan.warmup, plan.steps - 1)
         before = snapshot(model, arm) if looks else {}
-        with watch.running(counts=step >= 5):
+        with measured() as span:
             with plan.autocast(arm, device):
                 loss = model(batch("train", step))
             loss.backward()
             nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], plan.clip)
             optimizer.step()
             optimizer.zero_grad()
+        spans.append(span)
         losses.append(loss.detach())
         if looks:
             shares.append((step, share_changed(before, snapshot(model, arm))))
-    trained = torch.stack(losses).tolist()
+    trained, timed = torch.stack(losses).tolist(), spans[5:] or spans
     found: Result = {
         "val": validate(model, arm, plan, batch, device),
         "train": sum(trained[-20:]) / len(trained[-20:]),
         "changed_at_peak": next(share for step, share in shares if step >= plan.warmup),
         "changed_at_end": shares[-1][1],
         "seconds": round(time.perf_counter() - begun, 1),
-        "steps_per_second": watch.rate,
-        "resident_bytes": watch.resident,
-        "peak_bytes": watch.peak,
+        "step_ms": 1e3 * statistics.median(span.seconds for span in timed),
+        "resident_bytes": timed[-1].resident,
+        "peak_bytes": max(span.peak for span in timed),
+        "weight_bytes": sum(stored(layer.weight) for layer in linears(model).values()),
+        "state_bytes": sum(t.nbytes for state in optimizer.state.values() for t in state.values()),
         "finite": float(all(map(math.isfinite, trained))),
     }
     found |= {f"train_{step}": trained[step] for step in range(0, plan.steps, max(1, plan.steps // 20))}
@@ -100,31 +104,8 @@ def run(arm: Arm, plan: Plan, lr: float, seed: int, batch: Batch, device: torch.
     return found
 
 
-class Watch:
-    """Time and memory of steps alone; what is looked at between them does not count."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.seconds, self.steps, self.peak, self.resident = device, 0.0, 0, 0.0, 0.0
-
-    @contextmanager
-    def running(self, counts: bool) -> Iterator[None]:
-        on_cuda = self.device.type == "cuda"
-        if on_cuda:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-        begin = time.perf_counter()
-        yield
-        if on_cuda:
-            torch.cuda.synchronize()
-            self.peak = max(self.peak, float(torch.cuda.max_memory_allocated()))
-            self.resident = float(torch.cuda.memory_allocated())
-        if counts:
-            self.seconds += time.perf_counter() - begin
-            self.steps += 1
-
-    @property
-    def rate(self) -> float:
-        return self.steps / self.seconds if self.seconds else 0.0
+def stored(weight: Tensor) -> int:
+    return weight.stored_bytes if isinstance(weight, QParameter) else weight.nbytes
 
 
 def factor(step: int, plan: Plan) -> float:
