@@ -16,7 +16,7 @@ ABSENT = "Not measured yet.\n"
 
 def found(name: str) -> dict[str, Any] | None:
     """A results file; None while there is none."""
-    files = sorted(RESULTS.glob(f"*/gaussws_{name}.json"))
+    files = sorted(RESULTS.glob(f"{'cpu' if name == 'lm_cpu' else 'nvidia'}-*/gaussws_{name}.json"))
     if not files:
         return None
     return {
@@ -37,8 +37,8 @@ def origin(told: dict[str, Any]) -> str:
 
 
 WHERE = {
-    "lm_cpu": "LM, CPU", "speed_bits": "H200", "speed_kernels": "H200", "speed_step": "H200", "speed_memory": "H200",
-    "speed_repeat": "H200", "lm_gpt2-small": "GPT-2 small, H200", "lm_llama-134m": "Llama-134M, H200",
+    "lm_cpu": "LM, CPU", "speed_bits": "H200", "speed_kernels": "H200", "speed_step": "H200", "speed_repeat": "H200",
+    "lm_gpt2-small": "GPT-2 small, H200", "lm_llama-134m": "Llama-134M, H200",
 }  # fmt: skip
 
 
@@ -89,26 +89,32 @@ def lm_cpu() -> str:
 def lm_gpu(name: str) -> str:
     """A larger model on the GPU."""
     told = found(f"lm_{name}")
-    if told is None:
+    if told is None or not told["costs"]:
         return ABSENT
     run = told["run"]
-    words = f"{run['steps']} steps of {run['batch_size'] * run['block']:,} tokens; casts as above. "
+    words = f"{run['steps']} steps of {run['batch'] * run['length']:,} tokens of GPT-2's tokenizer; casts as above. "
     return f"{losses(told['costs'])}\n{words}{origin(told)}\n"
 
 
 def kernels() -> str:
-    """Bandwidth of the kernels."""
+    """Time and bandwidth of the kernels, beside the casts that autocast makes in their place."""
     told = found("speed_kernels")
     if told is None:
         return ABSENT
     part = told["kernels"]
-    rows = (
-        [name.replace("torch.", ""), f"{row['forward_ms']:.3f}", f"{row['forward_tb_s']:.2f}",
-         f"{row['backward_ms']:.3f}", f"{row['backward_over_forward']:.2f}"]
+    rows = [
+        [name, f"{1e3 * row['forward_ms']:.1f}", f"{row['forward_tb_s']:.2f}", f"{1e3 * row['cast_ms']:.1f}",
+         f"{1e3 * row['backward_ms']:.1f}", f"{row['backward_over_forward']:.2f}", f"{1e3 * row['cast_back_ms']:.1f}"]
+        for name, row in part["layers"].items()
+    ]  # fmt: skip
+    header = ["weight", "forward, us", "TB/s", "a cast, us", "backward, us", "over forward", "a cast back, us"]
+    tiles = "; ".join(
+        f"{name}: {1e3 * row['forward_ms']:.1f} and {1e3 * row['backward_ms']:.1f} us"
         for name, row in part["tiles"].items()
-    )  # fmt: skip
-    header = ["elements and warps of a program, masters", "forward, ms", "TB/s", "backward, ms", "over forward"]
-    words = f"Chosen: {part['chosen']}. By torch.randn {part['randn_over_ours']:.1f} times as long. "
+    )
+    words = f"Elements {part['chosen']} are what is launched; others, on a layer of 5,632 x 2,048: {tiles}. "
+    if "randn_over_ours" in part:
+        words += f"By torch.randn {part['randn_over_ours']:.1f} times as long. "
     return f"{table(header, rows, '---:')}\n{words}{origin(told)}\n"
 
 
@@ -120,24 +126,34 @@ def step() -> str:
     rows = (
         [name, f"{row['bf16_ms']:.1f}", f"{row['ms']:.1f}", f"{100 * row['overhead']:+.2f} %",
          " to ".join(f"{100 * q:+.2f}" for q in row["overhead_quartiles"])]
-        for name, row in told["step"].items()
+        for name, row in told["step"]["arms"].items()
     )  # fmt: skip
     header = ["arm", "bf16, ms a step", "arm, ms a step", "overhead, median", "quartiles, %"]
-    return f"{table(header, rows)}\n{origin(told)}\n"
+    return f"{table(header, rows)}\n{setting(told)}{origin(told)}\n"
+
+
+def setting(told: dict[str, Any]) -> str:
+    """What was timed."""
+    made = told["step"]["setting"]
+    how = "compiled blocks" if made["compiled"] else "eager"
+    return (
+        f"{made['model']}, {made['layers']} blocks, {made['parameters'] / 1e9:.2f} B parameters, {made['tokens']:,} "
+        f"tokens a step, {how}. "
+    )
 
 
 def memory() -> str:
     """Peak memory of a step."""
-    told = found("speed_memory")
+    told = found("speed_step")
     if told is None:
         return ABSENT
-    part = told["memory"]
+    part = told["step"]
     rows = (
-        [name, f"{peak / 2**30:.2f}", f"{part['bytes_a_parameter'][name]:+.2f}"]
+        [name, f"{peak / 2**30:.2f}", f"{part['bytes_a_parameter'].get(name, 0.0):+.2f}"]
         for name, peak in part["peak_bytes"].items()
     )
-    words = f"{part['parameters'] / 1e9:.2f} B parameters, of which those of linear layers have noise. "
-    return f"{table(['arm', 'peak, GiB', 'bytes a parameter above bf16'], rows)}\n{words}{origin(told)}\n"
+    words = f"{part['setting'].get('weights with noise', 0) / 1e9:.2f} B weights have noise. "
+    return f"{table(['arm', 'peak, GiB', 'bytes a weight above bf16'], rows)}\n{words}{origin(told)}\n"
 
 
 TABLES = {

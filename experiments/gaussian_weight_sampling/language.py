@@ -3,27 +3,24 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from pathlib import Path
 
 import torch
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from experiments.eightbit_optimizers.runs import Check, Result, Runs, column, each, gaps, mean_gap, told
-from experiments.gaussian_weight_sampling.casting import FORMATS, cast_losses, ladder_losses
+from experiments.checks import Check
+from experiments.eightbit_optimizers.runs import Runs, column, each, gaps, mean_gap, told
+from experiments.gaussian_weight_sampling.casting import FORMATS
 from experiments.gaussian_weight_sampling.results import write
-from lowbits.analysis import causal_loss
+from experiments.gaussian_weight_sampling.training import Setting, cast_claims, measure, six_bits
 from lowbits.data import TokenData
-from lowbits.methods import Method, Position
+from lowbits.methods import Method
 from lowbits.methods.diffq import DiffQ, Form
-from lowbits.methods.gaussws import GaussWS, PseudoNoise, noisy
-from lowbits.nn import Recipe, convert_
-from lowbits.optim import AdamW
+from lowbits.methods.gaussws import GaussWS, PseudoNoise
 
-STEPS, WARMUP, BATCH, LENGTH, LR, VAL_BATCHES = 400, 40, 16, 64, 2e-3, 40
-SHAPE = {"n_layer": 4, "n_embd": 64, "n_head": 4, "n_positions": LENGTH, "activation_function": "gelu_pytorch_tanh"}
+SETTING = Setting(steps=400, warmup=40, batch=16, length=64, lr=2e-3, validation=40)
+SHAPE = {"n_layer": 4, "n_embd": 64, "n_head": 4, "n_positions": 64, "activation_function": "gelu_pytorch_tanh"}
 FIXED = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
 
 ARMS: dict[str, Method] = {
@@ -51,64 +48,6 @@ def build(vocabulary: int, seed: int) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(config, attn_implementation="eager").train()
 
 
-def learning_rate(step: int) -> float:
-    """Return the share of the peak: linear warm-up, then a cosine down to a tenth."""
-    if step < WARMUP:
-        return (step + 1) / WARMUP
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - WARMUP) / (STEPS - WARMUP)))
-
-
-def train(data: TokenData, method: Method, seed: int) -> nn.Module:
-    """Return the trained model."""
-    model = build(data.vocab_size, seed)
-    convert_(model, Recipe(), seed=seed, verbose=False)
-    method.prepare_(model, seed)
-    optimizer = AdamW(method.param_groups(model, 0.1), lr=LR, betas=(0.9, 0.95))
-    peaks = [group["lr"] for group in optimizer.param_groups]
-    for step in range(STEPS):
-        ids = data.batch("train", step, batch_size=BATCH, block=LENGTH, seed=seed)
-        method.before_forward_(model, Position(step, STEPS, step))
-        with torch.autocast("cpu", torch.bfloat16):
-            method.loss(model, ids).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-            group["lr"] = peak * learning_rate(step)
-        optimizer.step()
-        optimizer.zero_grad()
-    return model
-
-
-@torch.no_grad()
-def evaluate(data: TokenData, model: nn.Module) -> float:
-    """Return the validation loss in bfloat16."""
-    with torch.autocast("cpu", torch.bfloat16):
-        losses = [causal_loss(model, ids).item() for ids in data.val_batches(BATCH, LENGTH, VAL_BATCHES * BATCH)]
-    return statistics.fmean(losses)
-
-
-def measure(data: TokenData, name: str, seed: int) -> Result:
-    """Train one arm under one seed and store it in every format."""
-    model = train(data, ARMS[name], seed)
-    result = cast_losses(model, lambda other: evaluate(data, other))
-    weights = [weight for weight in noisy(model) if weight.b_i is not None]
-    if weights:
-        bits = torch.cat([weight.bits().flatten() for weight in weights])
-        result |= {"bits": bits.mean().item(), "lowest": bits.amin().item(), "highest": bits.amax().item()}
-        result["above the target"] = (bits > weights[0].plan.b_target + 1e-3).float().mean().item()
-        result |= ladder_losses(model, lambda other: evaluate(data, other))
-    return result | {k: v for k, v in ARMS[name].metrics(model).items() if k == "size, MB"}
-
-
-def increase(runs: Runs, name: str, fmt: str) -> list[float]:
-    """What a cast costs, seed by seed."""
-    return [after - before for after, before in zip(column(runs, name, fmt), column(runs, name, "loss"), strict=True)]
-
-
-def costs(runs: Runs, name: str, fmt: str) -> str:
-    """Return the costs of a cast in words."""
-    return f"{name} {' '.join(f'{cost:+.4f}' for cost in increase(runs, name, fmt))}"
-
-
 def checks(runs: Runs) -> list[Check]:
     """B13, D7 at this scale, and the orderings of section 3.3 of the specification."""
     found = []
@@ -123,30 +62,21 @@ def checks(runs: Runs) -> list[Check]:
     found.append(Check("b", "GaussWS at or below matched DiffQ",
                        told(runs, "GaussWS 6 to 4", "DiffQ matched 6 to 4", "loss"),
                        mean_gap(runs, "GaussWS 6 to 4", "DiffQ matched 6 to 4", "loss") <= 0))  # fmt: skip
-    for fmt, name in (
-        ("FP8 e4m3", "GaussWS 4"),
-        ("FP6 e3m2", "GaussWS 4"),
-        ("FP4 e2m1", "GaussWS 4"),
-        ("FP4 e2m1", "GaussWS 3"),
-    ):
-        ours, base = increase(runs, name, fmt), increase(runs, "bf16", fmt)
-        less = all(a < b for a, b in zip(ours, base, strict=True))
-        found.append(Check("d", f"{fmt} costs {name} less than bf16, in every seed",
-                           f"{costs(runs, name, fmt)}; {costs(runs, 'bf16', fmt)}", less))  # fmt: skip
-    ratio = statistics.fmean(increase(runs, "GaussWS 4", "FP6 e3m2")) / statistics.fmean(
-        increase(runs, "bf16", "FP6 e3m2")
-    )
-    found.append(Check("D7", "FP6 costs GaussWS 4 at most 0.7 of what it costs bf16", f"{ratio:.2f}", ratio <= 0.7))
-    return found
+    claims = cast_claims(runs, "GaussWS 4", ["FP8 e4m3", "FP6 e3m2", "FP4 e2m1"])
+    claims += cast_claims(runs, "GaussWS 3", ["FP4 e2m1"])
+    found += [Check("d", *claim) for claim in claims]
+    return [*found, Check("D7", *six_bits(runs, "GaussWS 4"))]
 
 
 def main(folder: str, out: Path) -> Path:
     """Train what is not there yet, and report."""
     data = TokenData.open(folder)
-    runs = each(out, list(ARMS), lambda name, seed: measure(data, name, seed))
-    parameters = sum(p.numel() for p in build(data.vocab_size, 0).parameters())
+    runs = each(
+        out, list(ARMS), lambda name, seed: measure(build(data.vocab_size, seed), data, ARMS[name], seed, SETTING)
+    )
     setting = {
-        "parameters": parameters, "steps": STEPS, "tokens_a_step": BATCH * LENGTH, "vocabulary": data.vocab_size,
-        "formats": list(FORMATS), "spread": statistics.stdev(column(runs, "bf16", "loss")),
+        "parameters": sum(p.numel() for p in build(data.vocab_size, 0).parameters()), "steps": SETTING.steps,
+        "tokens_a_step": SETTING.batch * SETTING.length, "vocabulary": data.vocab_size, "formats": list(FORMATS),
+        "spread": statistics.stdev(column(runs, "bf16", "loss")),
     }  # fmt: skip
-    return write("lm_cpu", {"setting": setting, "runs": runs}, checks(runs), torch.device("cpu"))
+    return write("lm_cpu", {"setting": setting, "runs": runs}, checks(runs), "cpu")

@@ -13,6 +13,14 @@ from experiments.checks import Check
 from lowbits.analysis import provenance
 
 
-def write(name: str, content: dict[str, object], checks: Sequence[Check], device: torch.device) -> Path:
-    """Write benchmarks/results/<device>/gaussws_<name>.json and print the claims."""
-    return checks_file.write(f"gaussws_{name}", provenance(device), content, checks)
+def save(name: str, content: dict[str, object], checks: Sequence[Check], device: str) -> Path:
+    """Write benchmarks/results/<device>/gaussws_<name>.json."""
+    told = provenance(torch.device(device))
+    return checks_file.save(f"gaussws_{name}", told, content, checks, checks_file.RESULTS)
+
+
+def write(name: str, content: dict[str, object], checks: Sequence[Check], device: str) -> Path:
+    """Write it, and print the claims."""
+    path = save(name, content, checks, device)
+    checks_file.tell(path, checks)
+    return path

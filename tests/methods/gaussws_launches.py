@@ -16,11 +16,12 @@ from torch import Tensor
 
 import lowbits.kernels.gaussws  # noqa: F401  the interpreter's kernels are used where they are loaded
 from lowbits.methods._pseudo_noise import _launch, _numerics
-from lowbits.methods._pseudo_noise._blocks import counts
+from lowbits.methods._pseudo_noise._blocks import counts, from_blocks
+from lowbits.methods._pseudo_noise._draw import draw
 from lowbits.methods.gaussws import Fidelity, Operator, Plan, PseudoNoise, Storage
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SHAPES = [(4096, 2048), (70, 200), (33, 31)] if DEVICE == "cuda" else [(40, 68)]
+SHAPES = [(1056, 2048), (70, 200), (33, 31)] if DEVICE == "cuda" else [(40, 68)]
 INTS = {2: torch.int16, 4: torch.int32}
 
 CASES: dict[str, tuple[Plan, torch.dtype, torch.dtype]] = {
@@ -61,8 +62,11 @@ def differences(plan: Plan, dtype: torch.dtype, out: torch.dtype, shape: tuple[i
     assert _launch.launchable(on[0], plan)
     y2, slopes2 = _launch.add_noise(on[0], on[1], on[2], plan, origin, out)
     dw, bits2 = _launch.gradients(on[3], on[2], slopes2, plan, origin, dtype)
-    pairs = {"W^": (y.to(out), y2), "slopes": (slopes, slopes2), "dL/dW": (g.to(dtype), dw), "dL/db": (bits, bits2)}
-    for name, (expected, found) in pairs.items():
+    r = from_blocks(draw(plan.noise, plan.fidelity, counts(shape, plan.block), plan.block, counter), shape, plan.block)
+    r2 = _launch.draw(on[2], plan, shape)
+    of_weight = {"R": (r, r2), "W^": (y.to(out), y2), "dL/dW": (g.to(dtype), dw)}
+    of_blocks = {"slopes": (slopes, slopes2), "dL/db": (bits, bits2)}
+    for name, (expected, found) in (of_weight | of_blocks).items():
         if not same(expected, found.cpu()):
             yield f"{shape}, {name}: {int((expected != found.cpu()).sum())} of {expected.numel()}"
 

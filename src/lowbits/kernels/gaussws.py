@@ -253,3 +253,18 @@ def gradients(
     live = j < across
     slope = tl.load(slopes + i * across + j, live, 0.0)
     tl.store(grad_bits + i * across + j, (total * slope.to(tl.float64)).to(tl.float32), live)
+
+
+@triton.jit
+def draw(
+    counter, table, out, rows, columns, across, NOISE: tl.constexpr, N1: tl.constexpr, K1: tl.constexpr,
+    N2: tl.constexpr, K2: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, NB: tl.constexpr
+):  # fmt: skip
+    """out = R, float32 [rows, columns]."""
+    tiles = tl.cdiv(across, NB)
+    i = tl.program_id(0) // tiles
+    j = (tl.program_id(0) % tiles) * NB + tl.arange(0, NB)
+    r_index = i * BR + tl.arange(0, BR)[None, :, None]
+    c_index = j[:, None, None] * BC + tl.arange(0, BC)[None, None, :]
+    r = _noise(counter, table, i.to(tl.uint32), j.to(tl.uint32), NOISE, N1, K1, N2, K2, BR, BC)
+    tl.store(out + r_index.to(tl.int64) * columns + c_index, r, (r_index < rows) & (c_index < columns))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernels of `lowbits.kernels.gaussws` as two operators of torch, where they can do what a plan asks.
+"""The kernels of `lowbits.kernels.gaussws`, where they can do what a plan asks.
 
 Blocks whose sides are powers of two, with 32 to 16,384 elements, on CUDA. Everything else is left to the eager
-definition, whose bits are the same. As operators they are opaque to torch.compile, which therefore keeps them whole.
+definition, whose bits are the same.
 """
 
 from __future__ import annotations
@@ -40,12 +40,17 @@ def _kernels() -> ModuleType | None:
 
 
 def launchable(w: Tensor, plan: Plan) -> bool:
-    """Whether the kernels do what `plan` asks of `w`: on CUDA, or on a CPU where Triton interprets (only tests do)."""
+    """Whether the kernels do what `plan` asks of `w`."""
+    return w.dtype in _FLOATS and w.is_contiguous() and runs_on(w.device, plan)
+
+
+def runs_on(device: torch.device, plan: Plan) -> bool:
+    """Whether the kernels know a plan: on CUDA, or on a CPU where Triton interprets (only tests do)."""
     rows, columns = plan.block
     fits = not (rows & (rows - 1) or columns & (columns - 1)) and 32 <= rows * columns <= 1 << 14
-    if not fits or plan.noise not in _DISTRIBUTIONS or w.dtype not in _FLOATS or not w.is_contiguous():
+    if not fits or plan.noise not in _DISTRIBUTIONS:
         return False
-    if w.device.type == "cuda":
+    if device.type == "cuda":
         return _kernels() is not None
     loaded = sys.modules.get("lowbits.kernels.gaussws")
     return loaded is not None and bool(loaded.INTERPRETED)
@@ -84,6 +89,16 @@ def gradients(
         g, counter, _table(g, plan), slopes, copied, grad_bits, *sizes, **_constants(plan), COPY=copied is not g
     )
     return copied, grad_bits
+
+
+def draw(counter: Tensor, plan: Plan, shape: Block) -> Tensor:
+    """Return R of every element of a weight, float32 of its shape."""
+    kernels = _kernels()
+    assert kernels is not None
+    out = torch.empty(shape, dtype=torch.float32, device=counter.device)
+    grid, (rows, columns, _, across, *_) = _geometry(out, plan, (0, 0))
+    kernels.draw[(grid,)](counter, _table(out, plan), out, rows, columns, across, **_constants(plan))
+    return out
 
 
 def _geometry(w: Tensor, plan: Plan, origin: Block) -> tuple[int, tuple[int, ...]]:

@@ -17,13 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from lowbits.errors import ShapeError
-from lowbits.methods._pseudo_noise._blocks import counts, from_blocks
-from lowbits.methods._pseudo_noise._circuit import Fidelity
-from lowbits.methods._pseudo_noise._draw import PseudoNoise, draw
-from lowbits.methods._pseudo_noise._weight import ROLE
+from lowbits.methods._pseudo_noise._draw import PseudoNoise
+from lowbits.methods._pseudo_noise._numerics import Plan
+from lowbits.methods._pseudo_noise._weight import ROLE, numbers
 from lowbits.quantizers import Noise
 
-_DRAWN_IN = (32, 32)  # the counters' blocks; they have nothing to do with the groups
 _BITS_A_MB = 2**20 * 8
 _BOUNDS_AND_WIDTH = 2 * 32 + 8  # min and max of a weight, and how many bits an entry of the table of bits has
 
@@ -56,7 +54,8 @@ class LibraryNoise(nn.Module):
             raise ShapeError(
                 f"{name}: groups of {group} do not divide its {weight.numel()} weights. Take a size that divides."
             )
-        self.noise, self.group, self.range = noise, group, bits[:2]
+        # The blocks of the plan are the counters'; they have nothing to do with the groups.
+        self.noise, self.group, self.range, self._text = noise, group, bits[:2], Plan(noise=noise).text
         share = (bits[2] - bits[0]) / (bits[1] - bits[0])
         self.logit = nn.Parameter(torch.full((weight.numel() // group,), math.log(share / (1 - share))))
         self.register_buffer("counter", torch.tensor([0, *Noise.of(seed, name, ROLE).key]), persistent=False)
@@ -66,8 +65,7 @@ class LibraryNoise(nn.Module):
         if not self.training:
             return self.quantized(w)
         flat = w.reshape(-1, self.group)
-        blocks = draw(self.noise, Fidelity.DEFAULT, counts(w.shape, _DRAWN_IN), _DRAWN_IN, self.counter)
-        r = from_blocks(blocks, w.shape, _DRAWN_IN).view(flat.shape)
+        r = numbers(self.counter, self._text, w.shape).view(flat.shape)
         step = (flat.max() - flat.min()) / (2 ** self.bits().unsqueeze(1) - 1)
         return (flat + step * r).view(w.shape)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lowbits.errors import FormatError, ShapeError
 from lowbits.methods._pseudo_noise import _launch, _numerics
-from lowbits.methods._pseudo_noise._blocks import Block, counts, to_blocks
+from lowbits.methods._pseudo_noise._blocks import Block, counts, from_blocks, to_blocks
 from lowbits.methods._pseudo_noise._draw import PseudoNoise, draw
 from lowbits.methods._pseudo_noise._numerics import FEWEST_BITS, Plan
 from lowbits.quantizers import Noise
@@ -168,6 +168,7 @@ class _Noisy(torch.autograd.Function):
         dw, db = (_gradients_op if torch.compiler.is_compiling() else gradients)(
             g, counter, slopes, ctx.plan, ctx.origin, ctx.dtypes[0]
         )
+        dw = g if g.dtype == ctx.dtypes[0] else dw
         return dw, db.to(ctx.dtypes[1]), None, None, None, None
 
 
@@ -187,7 +188,7 @@ class _NoisyThroughMax(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         slopes, counter, w, b_i = ctx.saved_tensors
         dw, db = _gradients_op(g, counter, slopes, ctx.plan, ctx.origin, ctx.dtypes[0])
-        dw = dw + _through_max_op(g, w, b_i, counter, ctx.plan, ctx.origin)
+        dw = (g if g.dtype == ctx.dtypes[0] else dw) + _through_max_op(g, w, b_i, counter, ctx.plan, ctx.origin)
         return dw, db.to(ctx.dtypes[1]), None, None, None, None
 
 
@@ -200,6 +201,19 @@ def add_noise(
         return _launch.add_noise(w, b_i, counter, known, first, dtype)
     y, slopes = _numerics.forward(w, b_i, counter, known, first)
     return y.to(dtype), slopes
+
+
+def numbers(counter: Tensor, plan: str, shape: Sequence[int]) -> Tensor:
+    """Return R of a weight as a matrix of this shape, float32."""
+    return (_numbers_op if torch.compiler.is_compiling() else _numbers)(counter, plan, shape)
+
+
+def _numbers(counter: Tensor, plan: str, shape: Sequence[int]) -> Tensor:
+    known, sides = Plan.of_text(plan), (shape[0], shape[1])
+    if _launch.runs_on(counter.device, known):
+        return _launch.draw(counter, known, sides)
+    blocks = draw(known.noise, known.fidelity, counts(sides, known.block), known.block, counter)
+    return from_blocks(blocks, sides, known.block)
 
 
 def gradients(
@@ -215,6 +229,7 @@ def gradients(
 # To torch.compile they are opaque; called directly where nothing is traced, since the dispatcher costs a layer tens of
 # microseconds.
 _add_noise_op = torch.library.custom_op("lowbits::add_pseudo_noise", add_noise, mutates_args=())
+_numbers_op = torch.library.custom_op("lowbits::pseudo_noise_numbers", _numbers, mutates_args=())
 
 
 @torch.library.custom_op("lowbits::pseudo_noise_gradients", mutates_args=())
@@ -222,7 +237,7 @@ def _gradients_op(
     g: Tensor, counter: Tensor, slopes: Tensor, plan: str, origin: Sequence[int], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     copied, bits = gradients(g, counter, slopes, plan, origin, dtype)
-    return copied.clone() if copied.data_ptr() == g.data_ptr() else copied, bits  # a result is no alias of an argument
+    return g.new_empty(0) if g.dtype == dtype else copied, bits  # a result is no alias of an argument
 
 
 @torch.library.custom_op("lowbits::pseudo_noise_through_max", mutates_args=())
@@ -244,8 +259,13 @@ def _(
     return torch.empty_like(w, dtype=dtype), b_i.new_empty(b_i.shape, dtype=wide)
 
 
+@_numbers_op.register_fake
+def _(counter: Tensor, plan: str, shape: Sequence[int]) -> Tensor:
+    return counter.new_empty(list(shape), dtype=torch.float32)
+
+
 @_gradients_op.register_fake
 def _(
     g: Tensor, counter: Tensor, slopes: Tensor, plan: str, origin: Sequence[int], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    return g.new_empty(g.shape, dtype=dtype), torch.empty_like(slopes)
+    return g.new_empty(0 if g.dtype == dtype else g.shape, dtype=dtype), torch.empty_like(slopes)
