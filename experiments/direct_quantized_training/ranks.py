@@ -81,7 +81,7 @@ def main(shape: Shape, steps: int, results: Path) -> None:
     file = Ways("ranks", {"ranks": dist.get_world_size(), "steps": steps}, claims, DEVICE, results)
     for name, grid in GRIDS.items():
         replica = model(shape, grid)
-        start = [p.codes.cpu() for p in codes_of(replica).values()]
+        start = [p.codes.cpu().clone() for p in codes_of(replica).values()]
         train(DistributedDataParallel(replica), replica, steps, shape.vocab, whole_batch=False)
         parts = gathered(replica)
         apart = sum(int((mine[0] != other).sum()) for mine in parts for other in mine)

@@ -48,10 +48,8 @@ class GridLinear(nn.Linear):
         """Return X^ W^T + b in the compute dtype (autocast's, or X's), [..., in] -> [..., out]."""
         device = input.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype
-        x = input.reshape(-1, input.shape[-1]).to(dtype)
         with torch.autocast(device, enabled=False):  # it would cast the float32 sums' operands too
-            y = _GridMatmul.apply(x, self.weight, _Plan(dtype, self.execution, self.gradient))
-        y = y.view(*input.shape[:-1], self.weight.shape[0])
+            y = _GridMatmul.apply(input.to(dtype), self.weight, _Plan(dtype, self.execution, self.gradient))
         return y if self.bias is None else y + self.bias.to(dtype)
 
     def extra_repr(self) -> str:
@@ -76,7 +74,7 @@ def per_token(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     x = x.float()
     sx = 127 / x.abs().amax(-1, keepdim=True).clamp_min(_SMALLEST_AMAX)
-    return (x * sx).nan_to_num(nan=0.0).round().clamp(-128, 127).to(torch.int8), sx
+    return (x * sx).nan_to_num_(nan=0.0).round_().clamp_(-128, 127).to(torch.int8), sx
 
 
 def integer_mm(a: Tensor, b: Tensor) -> Tensor:
@@ -100,21 +98,23 @@ def integer_mm(a: Tensor, b: Tensor) -> Tensor:
 
 
 class _GridMatmul(torch.autograd.Function):
-    """y[M, N] = x^[M, K] W[N, K]^T; what waits for backward is a byte an activation."""
+    """y[..., N] = x^[..., K] W[N, K]^T; what waits for backward is a byte an activation."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: QParameter, plan: _Plan) -> Tensor:  # type: ignore[override]
-        codes, sx = per_token(x)
-        ctx.plan, ctx.dtype = plan, x.dtype
+        codes, sx = per_token(x.reshape(-1, x.shape[-1]))
+        ctx.plan, ctx.dtype, ctx.shape = plan, x.dtype, x.shape
         ctx.save_for_backward(codes, sx, weight)
         q = weight.unpacked()
         sums = integer_mm(codes, q).float() if plan.execution is Execution.NATIVE else _sums(codes, q.t(), plan.dtype)
-        return (sums * _outer(weight) / sx).to(plan.dtype)
+        # Divided as it is returned: a view of what was divided could not be written into behind `fully_shard`'s hooks.
+        tokens = x.shape[:-1]
+        return (sums.mul_(_outer(weight)).view(*tokens, q.shape[0]) / sx.view(*tokens, 1)).to(plan.dtype)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
         codes, sx, weight = ctx.saved_tensors
-        plan, dx, dw = ctx.plan, None, None
+        plan, dx, dw, g = ctx.plan, None, None, g.reshape(-1, g.shape[-1])
         if plan.gradient is not None:
             rounded = quantize(g.float(), plan.gradient, None)
             if ctx.needs_input_grad[0] and _on_integers(plan, weight):
@@ -126,7 +126,7 @@ class _GridMatmul(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             x_hat = (codes / sx).to(plan.dtype)
             dw = (g.t() @ x_hat).to(weight.dtype)
-        return dx, dw, None
+        return dx if dx is None else dx.view(ctx.shape), dw, None
 
 
 def _on_integers(plan: _Plan, weight: QParameter) -> bool:

@@ -69,6 +69,25 @@ def test_bfloat16_is_the_same_up_to_its_rounding() -> None:
         assert torch.equal(net(x.float()), got)
 
 
+@pytest.mark.parametrize("execution", Execution)
+def test_tokens_come_in_any_shape(execution: Execution) -> None:
+    """Batches, one token, none (an expert that nobody chose), a view that is not contiguous; never a view back."""
+    net = layer(execution=execution)
+    flat = net(rows())
+    for shape in ((3, 3, 40), (9, 1, 40)):
+        x = rows().view(shape).requires_grad_()
+        y = net(x)
+        assert torch.equal(y, flat.view(*shape[:-1], 24)) and not y._is_view()
+        y.sum().backward()
+        assert x.grad is not None and x.grad.shape == shape
+    assert torch.equal(net(rows()[0]), flat[0])
+    assert torch.equal(net(rows().t().contiguous().t()), flat)
+    empty = torch.zeros(2, 0, 40, requires_grad=True)
+    net.zero_grad()
+    net(empty).sum().backward()
+    assert empty.grad is not None and net.weight.grad is not None and not net.weight.grad.any()
+
+
 def test_a_token_that_is_not_finite_makes_its_row_not_finite_alone() -> None:
     x = rows()
     x[2, 3], x[4, 5] = float("nan"), float("inf")
