@@ -19,9 +19,20 @@ from triton import compile as triton_compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lowbits import optim
-from lowbits.kernels import _blocks, pack_operand, quantize_operand, unpack_operand
+from lowbits.kernels import (
+    Coded,
+    _blocks,
+    _matmul,
+    _rows,
+    pack_operand,
+    quantize_both,
+    quantize_operand,
+    scaled_mm,
+    unpack_operand,
+)
 from lowbits.methods.geta import Quantizer, Slope, _launch
 from lowbits.nn import Grid, StepInit, quantize_parameter
 from lowbits.optim import GlobalNorm, _launched, _signature
@@ -31,7 +42,8 @@ from lowbits.recipes import named
 TARGET = GPUTarget("cuda", 90, 32)
 TYPES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64", torch.int64: "i64",
-    torch.int32: "i32", torch.int16: "i16", torch.int8: "i8", torch.uint8: "u8",
+    torch.int32: "i32", torch.int16: "i16", torch.int8: "i8", torch.uint8: "u8", torch.float8_e4m3fn: "fp8e4nv",
+    torch.float8_e5m2: "fp8e5",
 }  # fmt: skip
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 
@@ -40,6 +52,8 @@ def type_of(value: object) -> str:
     """How Triton writes the type of an argument."""
     if isinstance(value, torch.Tensor):
         return f"*{TYPES[value.dtype]}"
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>"
     return "i64" if isinstance(value, int) and abs(value) >= 2**31 else "i32" if isinstance(value, int) else "fp32"
 
 
@@ -70,9 +84,11 @@ def compiling() -> Iterator[set[str]]:
         stack.enter_context(patch.object(JITFunction, "run", run))
         stack.enter_context(patch.object(JITFunction, "__getitem__", launcher))
         for module, name in (
-            (_blocks, "_usable"), (_launched, "usable"), (_signature, "usable"), (_launch, "launchable")
+            (_blocks, "launches"), (_rows, "launches"), (_matmul, "launches"), (_launched, "usable"),
+            (_signature, "usable"), (_launch, "launchable"),
         ):  # fmt: skip
             stack.enter_context(patch.object(module, name, lambda *_: True))
+        stack.enter_context(patch.object(_matmul, "multiprocessors", lambda _: 132))
         yield seen
 
 
@@ -84,6 +100,20 @@ def block_formats() -> None:
             assert quantize_operand(x, spec, noise, 1, torch.bfloat16) is not None
             packed = pack_operand(x, spec, noise, 1)
             assert packed is not None and unpack_operand(packed, torch.bfloat16) is not None
+
+
+def rows_and_codes() -> None:
+    x, made = torch.randn(64, 128).bfloat16(), None
+    for name in ("fp8_tensorwise", "fp8_rowwise", "fp8_rowwise_pow2", "int8_rowwise"):
+        recipe = named(name)
+        pairs = (recipe.fprop.lhs, recipe.wgrad.rhs), (recipe.dgrad.lhs, None), (None, recipe.dgrad.rhs)
+        for along_k, along_r in pairs:
+            a, b = quantize_both(x, along_k, along_r, None, None)
+            made = a or b
+    assert made is not None
+    scaled_mm(made, made, torch.bfloat16)
+    large = Coded(torch.zeros(128 * 132, 256, dtype=torch.int8), torch.ones(1, 1), made.spec, 256)
+    scaled_mm(large, large, torch.bfloat16)
 
 
 def optimizers() -> None:
@@ -113,7 +143,7 @@ def learned_steps() -> None:
 
 def main() -> None:
     with compiling() as seen:
-        for what in (block_formats, optimizers, learned_steps):
+        for what in (block_formats, rows_and_codes, optimizers, learned_steps):
             before = len(seen)
             what()
             print(f"{what.__name__}: {len(seen) - before} kernels")

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lowbits.formats import E2M1, E2M3, E3M2, E4M3, E5M2
-from lowbits.kernels import Execution, scaled_mm
+from lowbits.kernels import scaled_mm
 from lowbits.quantizers import (
     NVFP4_SIGNS,
     Hadamard,
@@ -138,7 +138,7 @@ def test_c5_sums_within_a_block_are_exact_in_any_order(seed):
 def test_c5_float32_result_against_the_blockwise_reference(pair, shape, spread):
     a, b = operands(pair, *shape, seed=0, spread=spread)
     exact = oracle.blockwise_product(as_encoded(a), as_encoded(b))
-    got = scaled_mm(a, b, torch.float32, Execution.SIMULATED)
+    got = scaled_mm(a, b, torch.float32)
     assert got.dtype == torch.float32
     assert (np.abs(got.double().numpy() - exact) <= 1e-6 * magnitudes(a, b)).all()
 
@@ -148,9 +148,9 @@ def test_c5_float32_result_against_the_blockwise_reference(pair, shape, spread):
 def test_c5_long_contractions(pair, spread):
     a, b = operands(pair, 32, 4096, 48, seed=1, spread=spread)
     exact = oracle.blockwise_product(as_encoded(a), as_encoded(b))
-    got = scaled_mm(a, b, torch.float32, Execution.SIMULATED).double().numpy()
+    got = scaled_mm(a, b, torch.float32).double().numpy()
     assert (np.abs(got - exact) <= 1e-6 * magnitudes(a, b)).all()
-    rounded = scaled_mm(a, b, torch.bfloat16, Execution.SIMULATED)
+    rounded = scaled_mm(a, b, torch.bfloat16)
     equal = (rounded == torch.from_numpy(exact).float().bfloat16()).float().mean()
     assert equal >= 0.999  # G2; what differs lies within the bound of where bf16 rounds the other way
 
@@ -158,7 +158,7 @@ def test_c5_long_contractions(pair, spread):
 @EVERY_PAIR
 def test_bf16_results_are_rounded_once(pair):
     a, b = operands(pair, 24, 150, 18, seed=2)
-    rounded = scaled_mm(a, b, torch.bfloat16, Execution.SIMULATED)
+    rounded = scaled_mm(a, b, torch.bfloat16)
     assert rounded.dtype == torch.bfloat16
     exact = oracle.blockwise_product(as_encoded(a), as_encoded(b))
     # Half a unit of bf16's last place is at most 2^-8 of the number; then the float32 sum's bound.
@@ -193,15 +193,15 @@ def test_powers_of_two_pass_through_unchanged(left, right, pair):
     lhs, rhs = PAIRS[pair]
     if pair == "fp8 row":  # whose floor is 1e-12
         left, right = max(left, -30), max(right, -30)
-    plain = scaled_mm(quantize(x, lhs), quantize(w, rhs), torch.float32, Execution.SIMULATED)
-    moved = scaled_mm(quantize(x * 2.0**left, lhs), quantize(w * 2.0**right, rhs), torch.float32, Execution.SIMULATED)
+    plain = scaled_mm(quantize(x, lhs), quantize(w, rhs), torch.float32)
+    moved = scaled_mm(quantize(x * 2.0**left, lhs), quantize(w * 2.0**right, rhs), torch.float32)
     assert torch.equal(moved, plain * 2.0 ** (left + right))
 
 
 def test_gradients_as_small_as_1e_minus_20_survive():
     generator = torch.Generator().manual_seed(6)
     g, w = 1e-20 * torch.randn(8, 64, generator=generator), torch.randn(64, 64, generator=generator)
-    got = scaled_mm(quantize(g, ROW), quantize(w.t(), TILE), torch.bfloat16, Execution.SIMULATED).float()
+    got = scaled_mm(quantize(g, ROW), quantize(w.t(), TILE), torch.bfloat16).float()
     assert (got - g @ w).norm() < 0.25 * (g @ w).norm()  # 0.095 and 0.111 of error in the operands, no underflow
 
 
@@ -209,10 +209,10 @@ def test_gradients_as_small_as_1e_minus_20_survive():
 def test_an_operand_in_high_precision_meets_the_decoded_one(pair):
     a, b = operands(pair, 6, 50, 9, seed=7)
     x = torch.randn(6, 50, generator=torch.Generator().manual_seed(8))
-    got = scaled_mm(x, b, torch.float32, Execution.SIMULATED)
+    got = scaled_mm(x, b, torch.float32)
     bound = 1e-6 * (x.double().abs() @ b.rotated().double().abs().t())
     assert ((got.double() - x.double() @ b.rotated().double().t()).abs() <= bound).all()
-    other = scaled_mm(a, b.dequantize(), torch.float32, Execution.SIMULATED)
+    other = scaled_mm(a, b.dequantize(), torch.float32)
     assert (np.abs(other.double().numpy() - oracle.blockwise_product(as_encoded(a), as_encoded(b)))
             <= 1e-6 * magnitudes(a, b)).all()  # fmt: skip
 
@@ -223,5 +223,5 @@ def test_a_rotation_on_one_side_is_undone_first():
     x, w = torch.randn(7, 45, generator=generator), torch.randn(5, 45, generator=generator)
     a, b = quantize(x, rotated), quantize(w, plain)
     expected = a.dequantize().double() @ b.dequantize().double().t()
-    got = scaled_mm(a, b, torch.float32, Execution.SIMULATED)
+    got = scaled_mm(a, b, torch.float32)
     torch.testing.assert_close(got.double(), expected, rtol=0, atol=1e-4)

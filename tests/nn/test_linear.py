@@ -17,7 +17,17 @@ from transformers.pytorch_utils import Conv1D
 from lowbits.errors import ShapeError
 from lowbits.formats import INT4, INT8
 from lowbits.models import build
-from lowbits.nn import Gemm, Recipe, Save, convert_, high_precision, quantized_layers, set_step_
+from lowbits.nn import (
+    Execution,
+    Gemm,
+    Recipe,
+    Save,
+    convert_,
+    high_precision,
+    quantized_layers,
+    set_phase_,
+    set_step_,
+)
 from lowbits.quantizers import AbsMean, PerColumn, PerGroup, PerRow, PerTensor, QuantSpec, Rounding
 from lowbits.recipes import NAMED, named
 from tests.oracles.linear_quantizer import fake_quantize
@@ -126,11 +136,29 @@ def test_every_recipe_runs_forward_and_backward(name):
         assert (ours - plain).norm() <= most * plain.norm()
 
 
-def test_native_int8_equals_its_simulation():
-    simulated, native = make(named("int8_rowwise")), make(named("int8_rowwise_native"))
+@pytest.mark.parametrize("forward", [True, False])
+@pytest.mark.parametrize("conv1d", [True, False])
+def test_native_int8_equals_its_simulation(conv1d, forward):
+    recipe = named("int8_rowwise")
+    models = [make(replace(recipe, execution=kind), conv1d) for kind in (Execution.SIMULATED, Execution.AUTO)]
+    assert ["native" in str(model) for model in models] == [False, True]
+    for model in models:
+        set_phase_(model, forward=forward)
     x, g = torch.randn(40, 20), torch.randn(40, 12)
-    for a, b in zip(run(simulated, x, g), run(native, x, g), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    # Codes are the same; 40 products are summed in float32, or exactly: 40 * 2^-24 * 40 * 1.
+    for a, b in zip(run(models[0], x, g), run(models[1], x, g), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-4)
+
+
+def test_native_layers_show_an_observer_what_they_multiply():
+    model = make(named("int8_rowwise"))
+    seen = {}
+    model[0].observer = lambda role, x, q: seen.update({role: (x, q)})
+    run(model, torch.randn(6, 20), torch.randn(6, 12))
+    assert list(seen) == ["fprop.lhs", "wgrad.rhs", "fprop.rhs", "dgrad.rhs", "dgrad.lhs", "wgrad.lhs"]
+    for x, q in seen.values():
+        expected = fake_quantize(x.detach().double().numpy(), "row", 8)
+        np.testing.assert_allclose(q.dequantize(), expected, rtol=3 * 2**-24)  # the scale is float32 here
 
 
 def saved_bytes(model: nn.Module, x: torch.Tensor) -> int:
@@ -156,6 +184,15 @@ def test_h3_operand_faithful_saves_codes():
     ref, faithful = (make(replace(named(n), grad_parts=1), bias=False).bfloat16() for n in ("w8a8", "w8a8_faithful"))
     assert saved_bytes(ref, x) == 256 * 20 * 2 + 8 * 13
     assert saved_bytes(faithful, x) == (256 * 20 + 4 * 256) + (12 * 20 + 4 * 12) + 8 * 13
+
+
+def test_native_layers_save_the_codes_that_backward_multiplies():
+    """X.T [20, 256] and W.T [20, 12], filled up to 16 bytes; a float32 scale a row."""
+    x = torch.randn(256, 20, dtype=torch.bfloat16, requires_grad=True) * 1
+    native = make(named("int8_rowwise"), bias=False).bfloat16()
+    assert saved_bytes(native, x) == (20 * 256 + 4 * 20) + (20 * 16 + 4 * 20) + 8 * 13
+    only_x = make(replace(named("int8_rowwise"), dgrad=Gemm()), bias=False).bfloat16()
+    assert saved_bytes(only_x, x) == (20 * 256 + 4 * 20) + 8 * 13
 
 
 def test_autocast_quantizes_the_float32_weight_and_multiplies_in_bf16():

@@ -3,15 +3,21 @@
 
 from lowbits.kernels._blocks import Decoded, pack_operand, quantize_operand, unpack_operand
 from lowbits.kernels._c_compiler import library as c_library
-from lowbits.kernels._gemm import Execution, Operand, illegal_on_hardware, scaled_mm
+from lowbits.kernels._coded import Coded, illegal_on_hardware
+from lowbits.kernels._gemm import Execution, Operand, scaled_mm
+from lowbits.kernels._rows import quantize_both
+from lowbits.kernels._units import missing_unit
 
 __all__ = [
+    "Coded",
     "Decoded",
     "Execution",
     "Operand",
     "c_library",
     "illegal_on_hardware",
+    "missing_unit",
     "pack_operand",
+    "quantize_both",
     "quantize_operand",
     "scaled_mm",
     "unpack_operand",

@@ -9,19 +9,16 @@ roundings. The rest takes the eager definition, which computes the same bits.
 from __future__ import annotations
 
 import ast
-import importlib.util
 import math
-import sys
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lowbits.formats import FloatFormat
+from lowbits.kernels._units import kernels, launches, on_device
 from lowbits.quantizers import (
     BlockRounding,
     Hadamard,
@@ -42,23 +39,6 @@ _ROUNDINGS = {
     Rounding.STOCHASTIC_8BIT_FLOOR: "FLOOR8",
 }  # fmt: skip
 _DRAWN_TOGETHER = {"NEAREST": 1, "UNIFORM24": 4, "CENTRED8": 16, "FLOOR8": 16}
-
-
-@cache
-def _kernels() -> ModuleType | None:
-    if importlib.util.find_spec("triton") is None:
-        return None
-    from lowbits.kernels import blocks
-
-    return blocks
-
-
-def _usable(device: torch.device) -> bool:
-    """Whether the kernels run on a device: CUDA, or a CPU where Triton interprets them, which only tests ask for."""
-    if device.type == "cuda":
-        return _kernels() is not None
-    loaded = sys.modules.get("lowbits.kernels.blocks")
-    return loaded is not None and bool(loaded.INTERPRETED)
 
 
 class _Plan(NamedTuple):
@@ -120,7 +100,8 @@ def _rule(spec: QuantSpec) -> str | None:
 
 def plan_for(x: Tensor, spec: QuantSpec) -> _Plan | None:
     """Return how the kernels quantize a matrix; None where they do not."""
-    if not _usable(x.device) or x.ndim != 2 or x.numel() == 0 or x.dtype not in (torch.bfloat16, torch.float32):
+    readable = x.ndim == 2 and x.numel() > 0 and x.dtype in (torch.bfloat16, torch.float32)
+    if not readable or not launches("blocks", x.device):
         return None
     plan = _plan(spec)
     if plan is None:
@@ -187,7 +168,7 @@ def pack_operand(x: Tensor, spec: QuantSpec, noise: Tensor, role: int) -> Packed
 
 def unpack_operand(packed: PackedTensor, dtype: torch.dtype) -> Decoded | None:
     """Decode what `pack_operand` stored into what a GEMM multiplies; None where the kernels do not cover it."""
-    plan = _plan(packed.spec) if _usable(packed.codes.device) and len(packed.shape) == 2 else None
+    plan = _plan(packed.spec) if launches("blocks", packed.codes.device) and len(packed.shape) == 2 else None
     if plan is None:
         return None
     rows, length = packed.spec.padded(packed.shape)
@@ -231,7 +212,7 @@ def _tile(plan: _Plan) -> tuple[int, int]:
 
 @cache
 def _constants(plan: _Plan) -> dict[str, Any]:
-    k = _kernels()
+    k = kernels("blocks")
     br, bk = _tile(plan)
     return {
         "M": plan.mantissa, "LOWEST": plan.lowest, "BITS": plan.bits, "NAN": plan.nan, "RULE": getattr(k, plan.rule),
@@ -249,7 +230,7 @@ def _rotation(plan: _Plan) -> dict[str, Any]:
 @cache
 def _of_format(plan: _Plan) -> dict[str, Any]:
     inverse = float(torch.tensor(1 / plan.largest, dtype=torch.float32))
-    rounding = getattr(_kernels(), plan.rounding)
+    rounding = getattr(kernels("blocks"), plan.rounding)
     return {"MAX": plan.largest, "TOP": math.frexp(plan.largest)[1] - 1, "INVERSE": inverse, "ROUNDING": rounding}
 
 
@@ -270,7 +251,7 @@ def _results(
 def _launch_quantize(
     x: Tensor, noise: Tensor, role: int, length: int, plan: _Plan, dtype: torch.dtype, codes: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    k = _kernels()
+    k = kernels("blocks")
     assert k is not None
     inner, stored, scales, outer = _results(x, length, plan, dtype, codes)
     (rows, columns), (stride_r, stride_k) = x.shape, x.stride()
@@ -278,7 +259,7 @@ def _launch_quantize(
     br, bk = _tile(plan)
     grid = (-(-length // bk), -(-rows // br))
     whole = torch.zeros((), dtype=torch.int32, device=x.device)
-    with _current(x.device):
+    with on_device(x.device):
         if plan.rule.startswith("TWO_LEVEL"):
             k.amax[grid](
                 x, whole, rows, columns, stride_r, stride_k, **rotation, BR=br, BK=bk,
@@ -294,18 +275,13 @@ def _launch_quantize(
 def _launch_decode(
     codes: Tensor, scales: Tensor, outer: Tensor, rows: int, length: int, plan: _Plan, dtype: torch.dtype
 ) -> Tensor:
-    k = _kernels()
+    k = kernels("blocks")
     assert k is not None
     inner = codes.new_empty(rows, length, dtype=dtype)
     br, bk = _tile(plan)
-    with _current(codes.device):
+    with on_device(codes.device):
         k.decode[(-(-length // bk), -(-rows // br))](codes, scales, outer, inner, rows, length, **_constants(plan))
     return inner
-
-
-def _current(device: torch.device) -> torch.cuda.device | nullcontext[None]:
-    """Triton launches on the current device."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @torch.library.custom_op("lowbits::quantize_blocks", mutates_args=())

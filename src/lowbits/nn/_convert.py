@@ -13,8 +13,9 @@ from torch import nn
 
 from lowbits.errors import ConversionError, ShapeError
 from lowbits.nn._blocks import is_conv1d
+from lowbits.nn._gemms import ROLES
 from lowbits.nn._keep import Keep
-from lowbits.nn._linear import ROLES, QuantizedConv1D, QuantizedLayer, QuantizedLinear, switch_
+from lowbits.nn._linear import QuantizedConv1D, QuantizedLayer, QuantizedLinear, switch_
 from lowbits.nn._recipe import Recipe
 from lowbits.nn._weight_view import WeightView
 from lowbits.quantizers import Noise

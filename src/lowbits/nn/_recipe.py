@@ -17,13 +17,17 @@ Each has a left and a right operand, and each operand may be quantized in a way 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import NamedTuple
 
+import torch
+
 from lowbits.errors import NativeError, SpecError
-from lowbits.kernels import Execution, illegal_on_hardware
+from lowbits.kernels import Execution, illegal_on_hardware, missing_unit
 from lowbits.quantizers import QuantSpec, Rounding
+
+GEMMS = ("fprop", "dgrad", "wgrad")
 
 
 class Gemm(NamedTuple):
@@ -60,7 +64,8 @@ class Recipe:
             projection, whose parts have very different ranges.
         first_moment: how the optimizer stores the first moment of the layer's weight; None is float32.
         second_moment: likewise the second moment.
-        execution: simulated on any device, or native, which is refused where the hardware cannot do it.
+        execution: simulated on any device; native, which is refused where scales or hardware do not allow it; or auto,
+            each GEMM natively where they do, simulated elsewhere.
     Raises:
         SpecError: the fields contradict each other.
         NativeError: native was asked for and a quantized GEMM cannot run so; names the GEMM and the reason.
@@ -74,6 +79,7 @@ class Recipe:
     first_moment: QuantSpec | None = None
     second_moment: QuantSpec | None = None
     execution: Execution = Execution.SIMULATED
+    _legal: tuple[bool, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.grad_parts < 1:
@@ -84,6 +90,9 @@ class Recipe:
             raise SpecError("save=Save.OPERANDS keeps the input as wgrad multiplies it: wgrad.rhs must be quantized.")
         if self.execution is Execution.NATIVE:
             self._check_native()
+        # Computed now: asking anew in every forward pass would cost as much as a launch.
+        legal = tuple(any(gemm) and self.illegal(name) is None for name, gemm in self.gemms.items())
+        object.__setattr__(self, "_legal", legal)
 
     def _check_native(self) -> None:
         if not any(any(gemm) for gemm in self.gemms.values()):
@@ -119,18 +128,65 @@ class Recipe:
             return f"G is split into {self.grad_parts} parts with scales of their own"
         return illegal_on_hardware(*self.gemms[gemm])
 
+    def native(self, device: torch.device) -> tuple[bool, bool, bool]:
+        """Return whether fprop, dgrad and wgrad run on the integer or FP8 units of a device.
+
+        Args:
+            device: of the layer's input.
+        Raises:
+            NativeError: `execution` is NATIVE and the device has no such units.
+        """
+        fprop, dgrad, wgrad = (self._missing(i, device) is None for i in range(len(GEMMS)))
+        return fprop, dgrad, wgrad
+
+    def _missing(self, gemm: int, device: torch.device) -> str | None:
+        """Why a GEMM does not run natively."""
+        if self.execution is Execution.SIMULATED:
+            return "simulation is asked for"
+        if not self._legal[gemm]:
+            return self.illegal(GEMMS[gemm]) or "nothing is quantized"
+        spec = (self.fprop, self.dgrad, self.wgrad)[gemm].lhs
+        assert spec is not None
+        reason = missing_unit(spec, device)
+        if reason is not None and self.execution is Execution.NATIVE:
+            raise NativeError(f"{reason}. Use Execution.AUTO or SIMULATED, or another device.")
+        return reason
+
+    def runs(self, device: torch.device) -> str:
+        """Say how the GEMMs run on a device: `native`, `simulated`, or which run natively; and why not all do.
+
+        Args:
+            device: of the layer.
+        """
+        asked = [i for i, gemm in enumerate(self.gemms.values()) if any(gemm)]
+        if not asked:
+            return Execution.SIMULATED.value
+        try:
+            reasons = {i: self._missing(i, device) for i in asked}
+        except NativeError as error:
+            return f"cannot run here: {error}"
+        native = [GEMMS[i] for i, reason in reasons.items() if reason is None]
+        if len(native) == len(asked):
+            return Execution.NATIVE.value
+        if self.execution is Execution.SIMULATED:
+            return Execution.SIMULATED.value
+        why = next(reason for reason in reasons.values() if reason is not None)
+        return f"{'native ' + ', '.join(native) + ' alone' if native else 'simulated'}: {why}"
+
     def to_dict(self) -> dict[str, object]:
         """Return the recipe in words, for logs and exports (data out, never data in)."""
         out: dict[str, object] = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for one in fields(self):
+            if not one.init:
+                continue
+            value = getattr(self, one.name)
             if isinstance(value, Gemm):
                 value = {side: None if spec is None else str(spec) for side, spec in value._asdict().items()}
             elif isinstance(value, Enum):
                 value = value.value
             elif isinstance(value, QuantSpec):
                 value = str(value)
-            out[field.name] = value
+            out[one.name] = value
         return out
 
     def __str__(self) -> str:

@@ -9,7 +9,8 @@
 Scales are computed from the tensor at hand, with torchao's arithmetic. Delayed scaling takes them from the amaxes of
 earlier steps: a history that must be kept, reduced over ranks, checkpointed and guarded against a first batch of zeros.
 It was there to save a pass over the tensor; a fused kernel needs no such pass. It would be the one thing that makes a
-recipe stateful, so it is left out. The `_native` recipes need a GPU with FP8 units.
+recipe stateful, so it is left out. FP8 units multiply the codes where a GPU has them, elsewhere they are simulated; the
+`_native` recipes refuse to run elsewhere.
 """
 
 from __future__ import annotations
@@ -24,14 +25,16 @@ _X, _G = QuantSpec(E4M3, scale=ReciprocalAmax()), QuantSpec(E5M2, scale=Reciproc
 _ROW, _ROW2 = QuantSpec(E4M3, PerRow(), ReciprocalAmax()), QuantSpec(E4M3, PerRow(), PowerOfTwo())
 _BLOCK, _TILE = QuantSpec(E4M3, PerGroup(128), PowerOfTwo()), QuantSpec(E4M3, PerTile(128, 128), PowerOfTwo())
 
-FP8_TENSORWISE = Recipe(fprop=Gemm(_X, _X), dgrad=Gemm(_G, _X), wgrad=Gemm(_G, _X))
-FP8_ROWWISE = Recipe(fprop=Gemm(_ROW, _ROW), dgrad=Gemm(_ROW, _ROW), wgrad=Gemm(_ROW, _ROW))
+FP8_TENSORWISE = Recipe(fprop=Gemm(_X, _X), dgrad=Gemm(_G, _X), wgrad=Gemm(_G, _X), execution=Execution.AUTO)
+FP8_ROWWISE = Recipe(fprop=Gemm(_ROW, _ROW), dgrad=Gemm(_ROW, _ROW), wgrad=Gemm(_ROW, _ROW), execution=Execution.AUTO)
 
 RECIPES: dict[str, Recipe] = {
     "fp8_tensorwise": FP8_TENSORWISE,
-    "fp8_tensorwise_e4m3": Recipe(fprop=Gemm(_X, _X), dgrad=Gemm(_X, _X), wgrad=Gemm(_X, _X)),
+    "fp8_tensorwise_e4m3": replace(FP8_TENSORWISE, dgrad=Gemm(_X, _X), wgrad=Gemm(_X, _X)),
     "fp8_rowwise": FP8_ROWWISE,
-    "fp8_rowwise_pow2": Recipe(fprop=Gemm(_ROW2, _ROW2), dgrad=Gemm(_ROW2, _ROW2), wgrad=Gemm(_ROW2, _ROW2)),
+    "fp8_rowwise_pow2": replace(
+        FP8_ROWWISE, fprop=Gemm(_ROW2, _ROW2), dgrad=Gemm(_ROW2, _ROW2), wgrad=Gemm(_ROW2, _ROW2)
+    ),
     "fp8_rowwise_hp_wgrad": replace(FP8_ROWWISE, wgrad=Gemm()),
     "fp8_block": Recipe(
         fprop=Gemm(_BLOCK, _TILE), dgrad=Gemm(_BLOCK, _TILE), wgrad=Gemm(_BLOCK, _BLOCK), save=Save.OPERANDS

@@ -106,7 +106,8 @@ class Arm:
         tokens: seen by a finished run.
         seconds: training time alone of a finished run.
         tokens_per_second: of the finished runs.
-        execution: `simulated` or `native`; `high precision` where no GEMM is quantized.
+        execution: `simulated`, `native`, or which GEMMs are native alone, and why not all; `high precision` where none
+            is quantized.
         memory_measured: bytes by category.
         memory_stored: bytes by category, were every quantized tensor stored in its few bits.
         peak_memory: most bytes at any time: allocated on CUDA, of the whole process on a CPU.

@@ -15,14 +15,20 @@ _DARKEST = 0.62  # of a shade: the number must stay readable on it
 
 
 def method_curves(records: Sequence[Record]) -> dict[str, Curve]:
-    """Return every number that the method measured over training, in the order of the log.
+    """Return every number that the method measured over training, and validation losses of its forms of the model.
 
     Args:
         records: the runs of an arm.
     """
     told: list[list[Line]] = [[{**line, **line.get("method", {})} for line in r.steps] for r in records]
     names = dict.fromkeys(name for r in records for line in r.steps for name in line.get("method", {}))
-    return {name: mean_curve([series(lines, name) for lines in told]) for name in names}
+    curves = {name: mean_curve([series(lines, name) for lines in told]) for name in names}
+    forms = dict.fromkeys(n for r in records for line in r.evaluations for n in line if n.startswith("loss_"))
+    for name in forms:
+        if name not in ("loss_on", "loss_off"):
+            shown = f"validation loss, {name.removeprefix('loss_')}"
+            curves[shown] = mean_curve([series(r.evaluations, name) for r in records])
+    return curves
 
 
 def method_tables(result: Mapping[str, Any]) -> tuple[MethodTable, ...]:

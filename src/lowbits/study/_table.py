@@ -52,9 +52,11 @@ def _table(summary: Summary) -> Table:
         table.add_column(heading, justify="right")
     for arm in summary.arms:
         table.add_row(*_row(arm))
-    simulated = [arm.name for arm in summary.arms if arm.execution == "simulated"]
-    native = [arm.name for arm in summary.arms if arm.execution == "native"]
-    kinds = [f"{kind} for {listed(names)}" for kind, names in (("simulated", simulated), ("native", native)) if names]
+    arms: dict[str, list[str]] = {}
+    for arm in summary.arms:
+        if arm.execution not in ("", "high precision"):
+            arms.setdefault(arm.execution, []).append(arm.name)
+    kinds = [f"{kind} for {listed(names)}" for kind, names in arms.items()]
     speed = f"Few-bit arithmetic is {', '.join(kinds)}. " if kinds else ""
     table.caption = f"{speed}In few bits: memory as it would be stored, of what was measured. {summary.target_words}"
     table.caption_justify = "left"

@@ -24,7 +24,7 @@ from lowbits import models
 from lowbits.analysis import measure_memory
 from lowbits.data import TokenData, check_vocabulary, prepare
 from lowbits.errors import RunError
-from lowbits.nn import Conversion, convert_
+from lowbits.nn import Conversion, Execution, convert_
 from lowbits.optim import AdamW
 from lowbits.train._batch import Batches
 from lowbits.train._checkpoint import newest_intact, tidy, write_checkpoint
@@ -134,6 +134,8 @@ def _set_up(run: Run, out: Path, here: World) -> _Training:
     )  # fmt: skip
     t.mark = (progress.tokens, progress.seconds)
     display.say(f"{run.title}: {conversion}")
+    if run.rule.execution is not Execution.SIMULATED:
+        events.append(Event("execution", f"the GEMMs under {run.recipe_name} run {run.rule.runs(here.device)}"))
     for event in events:
         _report(t, event)
     return t
@@ -270,8 +272,10 @@ def _step(t: _Training, interrupts: Interrupts, sample: Sample | None) -> tuple[
     if math.isfinite(mean_loss) and math.isfinite(grad_norm):
         for group, peak in zip(t.optimizer.param_groups, t.peaks, strict=True):
             group["lr"] = peak * run.schedule.factor(step, run.steps)
+        at = t.batches.at(step, run.accumulation - 1)
+        run.method.before_update_(t.optimizer.param_groups, at)
         t.optimizer.step()
-        run.method.after_step_(t.model, t.batches.at(step, run.accumulation - 1))
+        run.method.after_step_(t.model, at)
     t.optimizer.zero_grad(set_to_none=True)
     t.progress.step += 1
     t.progress.tokens += run.tokens_per_step
@@ -376,7 +380,7 @@ def _finish(t: _Training, status: str, interrupts: Interrupts) -> dict[str, obje
         "val_loss_off": progress.evaluation.get("loss_off"),
         "train_loss": statistics.fmean(progress.recent) if progress.recent else None,
         "tokens_per_second": round(progress.tokens / max(progress.seconds, 1e-9), 1),
-        "execution": run.rule.execution.value,
+        "execution": run.rule.runs(t.world.device),
         "parameters": sum(p.numel() for p in t.model.parameters()),
         "converted_layers": len(t.conversion.converted),
         "linear_flops_share": t.conversion.flops_share,

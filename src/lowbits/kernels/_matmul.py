@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Multiply integer codes and scale the sums: `lowbits.kernels.gemm` on a GPU, oneDNN's integer GEMM on a CPU."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from lowbits.kernels._units import kernels, launches, multiprocessors, on_device
+
+
+class _Tile(NamedTuple):
+    """The share of the result that a program computes at a time, and how."""
+
+    rows: int
+    columns: int
+    terms: int
+    warps: int
+    stages: int
+
+
+_LARGE, _SMALL, _INTERPRETED = _Tile(128, 256, 128, 8, 4), _Tile(128, 128, 128, 8, 4), _Tile(32, 32, 32, 4, 1)
+_GROUP = 8  # rows of tiles that are walked together
+
+
+def matmul_codes(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return scale_a[m] scale_b[n] sum_k a[m, k] b[n, k]; the sums are exact, and each scale rounds once, in float32.
+
+    Args:
+        a: int8 [M, K], contiguous, K a multiple of 16.
+        b: int8 [N, K], likewise.
+        scale_a: float32 [M, 1] or [1, 1].
+        scale_b: float32 [N, 1] or [1, 1].
+        dtype: of the result [M, N].
+    """
+    if not launches("gemm", a.device):
+        rows = pad(b, (0, 0, 0, -b.shape[0] % 8))  # CPUs without VNNI take multiples of 8
+        sums = torch.ops.aten._int_mm(a, rows.t())[:, : b.shape[0]]
+        return (sums.float() * scale_a * scale_b.t()).to(dtype)
+    # Through torch's dispatcher where a compiler has to see an operator; it costs as much as the launch.
+    run = torch.ops.lowbits.matmul_codes if torch.compiler.is_compiling() else _launch
+    return run(a, b, scale_a, scale_b, dtype)
+
+
+def _launch(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: torch.dtype) -> Tensor:
+    k = kernels("gemm")
+    assert k is not None
+    (m, terms), n = a.shape, b.shape[0]
+    out = a.new_empty(m, n, dtype=dtype)
+    programs = 4 if k.INTERPRETED else multiprocessors(a.device)
+    tile = _INTERPRETED if k.INTERPRETED else _tile(m, n, programs)
+    with on_device(a.device):
+        k.scaled[(programs,)](
+            k.descriptor(a, tile.rows, tile.terms), k.descriptor(b, tile.columns, tile.terms), out,
+            scale_a, scale_b, m, n, terms, EACH_ROW=scale_a.numel() > 1, EACH_COLUMN=scale_b.numel() > 1,
+            SUMS=k.INT32, BM=tile.rows, BN=tile.columns, BK=tile.terms, GROUP=_GROUP, PROGRAMS=programs,
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+    return out
+
+
+def _tile(m: int, n: int, programs: int) -> _Tile:
+    """The large tile reads less for each product; the small one leaves fewer processors idle in small GEMMs."""
+    tiles = -(-m // _LARGE.rows) * -(-n // _LARGE.columns)
+    return _LARGE if tiles >= programs else _SMALL
+
+
+@torch.library.custom_op("lowbits::matmul_codes", mutates_args=())
+def _matmul_codes(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: torch.dtype) -> Tensor:
+    return _launch(a, b, scale_a, scale_b, dtype)
+
+
+@_matmul_codes.register_fake
+def _(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: torch.dtype) -> Tensor:
+    return a.new_empty(a.shape[0], b.shape[0], dtype=dtype)

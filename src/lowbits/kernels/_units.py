@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ask a device what it can do: which of our kernels run there, and what it multiplies, by multiplying there."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from contextlib import nullcontext
+from functools import cache
+from types import ModuleType
+
+import torch
+
+from lowbits.formats import IntFormat
+from lowbits.quantizers import QuantSpec
+
+
+@cache
+def kernels(name: str) -> ModuleType | None:
+    """Return a module of kernels; None where triton is not installed.
+
+    Args:
+        name: of a file of this package in Triton's language.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return None
+    return importlib.import_module(f"lowbits.kernels.{name}")
+
+
+@torch.compiler.assume_constant_result
+def launches(name: str, device: torch.device) -> bool:
+    """Return whether kernels run on a device: CUDA, or a CPU where Triton interprets them, which only tests ask for.
+
+    Args:
+        name: as in `kernels`.
+        device: any.
+    """
+    if device.type == "cuda":
+        return kernels(name) is not None
+    loaded = sys.modules.get(f"lowbits.kernels.{name}")
+    return loaded is not None and bool(loaded.INTERPRETED)
+
+
+def on_device(device: torch.device) -> torch.cuda.device | nullcontext[None]:
+    """Return the context in which Triton launches on a device.
+
+    Args:
+        device: any.
+    """
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Return how many programs a CUDA device runs side by side.
+
+    Args:
+        device: with CUDA.
+    """
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@torch.compiler.assume_constant_result
+def missing_unit(spec: QuantSpec, device: torch.device) -> str | None:
+    """Say which GEMM a device does not have; None if it multiplies such codes.
+
+    Args:
+        spec: of an operand that is legal on hardware.
+        device: any.
+    """
+    return _missing("int8" if isinstance(spec.format, IntFormat) else "FP8", device)
+
+
+@cache
+def _missing(kind: str, device: torch.device) -> str | None:
+    if kind == "int8" and device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        return f"{device} has no int8 GEMM here: it is Triton's, and triton is not installed"
+    if kind == "int8" and device.type in ("cpu", "cuda"):
+        return None  # exact on any of them; how fast is another question
+    if device.type != "cuda":
+        return f"{device} has no {kind} GEMM"
+    one = torch.ones(32, 32, device=device).to(torch.float8_e4m3fn)
+    scale = torch.ones(32, 1, device=device)
+    try:
+        torch.ops.aten._scaled_mm(one, one.t(), scale_a=scale, scale_b=scale.t(), out_dtype=torch.bfloat16)
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        return f"{device} has no FP8 GEMM ({str(error).splitlines()[0]})"
+    return None

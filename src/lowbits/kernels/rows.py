@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Quantize a matrix along both of its axes, with one scale a row, a column or the whole, as Triton sees it.
+
+`lowbits.quantizers` is the definition; each function does one of its steps, each operation rounded once (the kernels
+are compiled without contraction). Two launches: the largest magnitudes of both axes in one read of x, then both copies
+in another. What lies outside of x reads as 0 and changes no amax.
+"""
+
+# Triton reads this file's source: annotations would be evaluated as its own types.
+
+import triton
+import triton.language as tl
+
+from lowbits.kernels.blocks import INTERPRETED, LARGEST, SMALLEST_NORMAL, _as_float, _encoded, _magnitude_bits, _rounded
+
+NONE, TENSOR, ROW = (tl.constexpr(i) for i in range(3))
+AMAX, POWER_OF_TWO, RECIPROCAL = (tl.constexpr(i) for i in range(3))
+INTERPRETING = tl.constexpr(INTERPRETED)
+
+
+@triton.jit
+def _tile(x, R, K, stride_r, stride_k, BR: tl.constexpr, BK: tl.constexpr):
+    row, column = tl.program_id(1) * BR + tl.arange(0, BR), tl.program_id(0) * BK + tl.arange(0, BK)
+    inside = (row[:, None] < R) & (column[None, :] < K)
+    at = row[:, None].to(tl.int64) * stride_r + column[None, :].to(tl.int64) * stride_k
+    return tl.load(x + at, inside, 0.0).to(tl.float32), row, column
+
+
+@triton.jit
+def amax(
+    x, along_k, along_r, R, K, stride_r, stride_k, OF_K: tl.constexpr, OF_R: tl.constexpr, BR: tl.constexpr,
+    BK: tl.constexpr
+):  # fmt: skip
+    """The bits of the largest magnitudes into `along_k` [R] and `along_r` [K], or one each; they were 0.
+
+    NaN is larger than any number. The order of the atomic maxima changes nothing.
+    """
+    v, row, column = _tile(x, R, K, stride_r, stride_k, BR, BK)
+    bits = _magnitude_bits(v).to(tl.int32, bitcast=True)
+    if OF_K == ROW:
+        tl.atomic_max(along_k + row, tl.max(bits, 1), row < R, sem="relaxed")
+    if OF_R == ROW:
+        tl.atomic_max(along_r + column, tl.max(bits, 0), column < K, sem="relaxed")
+    if OF_K == TENSOR or OF_R == TENSOR:
+        largest = tl.max(tl.max(bits, 1), 0)
+        if OF_K == TENSOR:
+            tl.atomic_max(along_k, largest, sem="relaxed")
+        if OF_R == TENSOR:
+            tl.atomic_max(along_r, largest, sem="relaxed")
+
+
+@triton.jit
+def _scales(bits, MAX: tl.constexpr, FLOOR: tl.constexpr, TOP: tl.constexpr, RULE: tl.constexpr):
+    """Scale, and what x is divided by (or multiplied by, if RECIPROCAL), of rows with these amaxes.
+
+    TOP is what amaxes below FLOOR are multiplied by, if RECIPROCAL.
+    """
+    largest = bits.to(tl.float32, bitcast=True)
+    finite = largest <= LARGEST
+    if RULE == RECIPROCAL:
+        encode = tl.where(largest < FLOOR, TOP, tl.div_rn(MAX, largest))
+        encode = tl.where(finite, encode, float("nan"))
+        return tl.div_rn(1.0, encode), encode
+    else:
+        largest = tl.where(largest < FLOOR, FLOOR, largest)
+        scale = tl.div_rn(largest, MAX)
+        scale = tl.where(largest == 0, 1.0, tl.where(scale < SMALLEST_NORMAL, SMALLEST_NORMAL, scale))
+        if RULE == POWER_OF_TWO:
+            scale = _as_float((scale.to(tl.uint32, bitcast=True) + 0x7FFFFF) & 0xFF800000)
+        scale = tl.where(finite, scale, float("nan"))
+        return scale, scale
+
+
+@triton.jit
+def _codes(v, by, LOW: tl.constexpr, HIGH: tl.constexpr, M: tl.constexpr, LOWEST: tl.constexpr, RULE: tl.constexpr,
+           TYPE: tl.constexpr):  # fmt: skip
+    """`Format.project` of v under its scale, as the bytes of TYPE: int8, or an FP8 with M mantissa bits."""
+    if RULE == RECIPROCAL:
+        y = v * by
+    elif RULE == POWER_OF_TWO:
+        y = v * tl.div_rn(1.0, by)  # exact, as the division would be
+    else:
+        y = tl.div_rn(v, by)
+    if TYPE == tl.int8:
+        y = tl.where(y > HIGH, HIGH, tl.where(y < LOW, LOW, y))
+        return ((y + 12582912.0) - 12582912.0).to(tl.int8)  # 1.5 * 2^23: float32 rounds to integers there, ties to even
+    elif INTERPRETING:  # Triton's interpreter has no cast to 8 bits
+        value = _rounded(y, y, M, LOWEST, HIGH, 0)
+        return _encoded(value, M, LOWEST, 8, 127).to(tl.uint8).to(TYPE, bitcast=True)
+    else:
+        return y.to(TYPE)  # to nearest even, saturating: one instruction
+
+
+@triton.jit
+def quantize(
+    x, amax_k, amax_r, codes_k, scale_k, codes_r, scale_r, R, K, KP, RP, stride_r, stride_k,
+    OF_K: tl.constexpr, LOW_K: tl.constexpr, HIGH_K: tl.constexpr, M_K: tl.constexpr, LOWEST_K: tl.constexpr,
+    FLOOR_K: tl.constexpr, TOP_K: tl.constexpr, RULE_K: tl.constexpr,
+    OF_R: tl.constexpr, LOW_R: tl.constexpr, HIGH_R: tl.constexpr, M_R: tl.constexpr, LOWEST_R: tl.constexpr,
+    FLOOR_R: tl.constexpr, TOP_R: tl.constexpr, RULE_R: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr
+):  # fmt: skip
+    """The copy along k, codes [R, KP] and a scale a row; the copy along r, codes [K, RP] and a scale a column."""
+    v, row, column = _tile(x, R, K, stride_r, stride_k, BR, BK)
+    if OF_K != NONE:
+        of = row if OF_K == ROW else row * 0
+        scale, by = _scales(tl.load(amax_k + of, row < R, 0), HIGH_K, FLOOR_K, TOP_K, RULE_K)
+        code = _codes(v, by[:, None], LOW_K, HIGH_K, M_K, LOWEST_K, RULE_K, codes_k.dtype.element_ty)
+        at = codes_k + row[:, None].to(tl.int64) * KP + column[None, :]
+        tl.store(at, code, (row[:, None] < R) & (column[None, :] < KP))
+        tl.store(scale_k + of, scale, (row < (R if OF_K == ROW else 1)) & (tl.program_id(0) == 0))
+    if OF_R != NONE:
+        of = column if OF_R == ROW else column * 0
+        scale, by = _scales(tl.load(amax_r + of, column < K, 0), HIGH_R, FLOOR_R, TOP_R, RULE_R)
+        code = tl.trans(_codes(v, by[None, :], LOW_R, HIGH_R, M_R, LOWEST_R, RULE_R, codes_r.dtype.element_ty))
+        at = codes_r + column[:, None].to(tl.int64) * RP + row[None, :]
+        tl.store(at, code, (column[:, None] < K) & (row[None, :] < RP))
+        tl.store(scale_r + of, scale, (column < (K if OF_R == ROW else 1)) & (tl.program_id(1) == 0))

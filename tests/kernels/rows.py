@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hold the kernels of rows and of their products to the definition, bit for bit; a program, since Triton's interpreter
+is chosen before Triton is loaded:
+
+    TRITON_INTERPRET=1 python -m tests.kernels.rows
+    python -m tests.kernels.rows            # on CUDA
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import warnings
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+
+import lowbits.kernels.gemm
+import lowbits.kernels.rows  # noqa: F401  the interpreter's kernels are used where they are loaded
+from lowbits.formats import E4M3, E5M2, INT4, INT8, TERNARY
+from lowbits.kernels import Coded, _rows, quantize_both, scaled_mm
+from lowbits.nn import convert_
+from lowbits.quantizers import Amax, PerRow, PerTensor, PowerOfTwo, QuantSpec, ReciprocalAmax, quantize
+from lowbits.recipes import named
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FULL = DEVICE == "cuda"  # where nothing is interpreted
+RULES = (Amax(), Amax(1e-5), PowerOfTwo(), ReciprocalAmax())
+SPECS = [
+    QuantSpec(fmt, granularity, rule)
+    for fmt, granularity, rule in itertools.product((INT8, E4M3, E5M2, INT4, TERNARY), (PerRow(), PerTensor()), RULES)
+]
+SHAPES = [(70, 112, False), (40, 17, True)]
+SHAPES += [(1000, 4096, True), (4096, 1008, False), (1, 1, False), (129, 257, False)] if FULL else []
+VALUES = (None, 0.0, torch.inf, torch.nan, 1e-40, 3e38, 1e-12)
+
+
+def matrix(rows: int, columns: int, transposed: bool, dtype: torch.dtype, value: float | None) -> Tensor:
+    """Many magnitudes, ties, a row and a column of zeros; `value` in some places, alone in a row and a column."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(rows, columns, generator=generator) * 10 ** torch.randn(rows, columns, generator=generator)
+    if rows > 8 and columns > 16:
+        x[3], x[:, 5], x[7, :4] = 0.0, 0.0, torch.tensor([127.0, 0.5, 1.5, -2.5])
+        if value is not None:
+            x[4, 8:20], x[6], x[:, 9] = value, value, value
+    x = x.to(dtype).to(DEVICE)
+    return x.t().contiguous().t() if transposed else x
+
+
+def differing(x: Tensor, along_k: QuantSpec | None, along_r: QuantSpec | None) -> dict[str, int]:
+    """Count the bytes of codes and the scales that are not the definition's."""
+    found: dict[str, int] = {}
+    made = quantize_both(x, along_k, along_r, None, None)
+    for name, coded, spec, of in zip("kr", made, (along_k, along_r), (x, x.t()), strict=True):
+        if spec is None or coded is None:
+            assert spec is None and coded is None
+            continue
+        right = Coded.of(quantize(of, spec))
+        assert coded.codes.shape == right.codes.shape and coded.codes.dtype == right.codes.dtype
+        assert coded.scale.shape == right.scale.shape and coded.length == right.length
+        fine = right.scale.isfinite().expand(
+            right.codes.shape
+        )  # codes under a NaN scale decode to NaN whatever they are
+        codes = (coded.codes.view(torch.uint8) != right.codes.view(torch.uint8)) & fine
+        scales = coded.scale.nan_to_num(7.0) != right.scale.nan_to_num(7.0)
+        wrong = {f"{name}.codes": int(codes.sum()), f"{name}.scale": int(scales.sum())}
+        found |= {what: count for what, count in wrong.items() if count}
+    return found
+
+
+def products() -> None:
+    """Integer codes through the kernel, and in 64 bits."""
+    generator = torch.Generator().manual_seed(2)
+    shapes = [(40, 33, 48), (70, 130, 176), (1, 1, 16)] + ([(1000, 3000, 4096), (4096, 4096, 2048)] if FULL else [])
+    for (m, n, k), (row, column) in itertools.product(shapes, itertools.product((True, False), repeat=2)):
+        a, b = (torch.randint(-127, 128, (r, k), generator=generator).to(torch.int8) for r in (m, n))
+        scale_a, scale_b = (torch.rand(r if each else 1, 1, generator=generator) for r, each in ((m, row), (n, column)))
+        # float64 holds every one of these sums; on a GPU integers of 64 bits have no GEMM.
+        sums = (a.to(DEVICE).double() @ b.to(DEVICE).double().t()).float()
+        parts = [t.to(DEVICE) for t in (a, b, scale_a, scale_b)]
+        left, right = (Coded(parts[i], parts[i + 2], SPECS[0], k) for i in (0, 1))
+        got = scaled_mm(left, right, torch.float32)
+        if not torch.equal(got, sums * parts[2] * parts[3].t()):
+            print(f"product {m}x{n}x{k}, scales of rows {row} and columns {column}: differ")
+
+
+def layers() -> None:
+    """A layer that runs the kernels, and one that makes its codes by the definition: output and gradients."""
+    for name in ("int8_rowwise", "fp8_rowwise", "fp8_tensorwise") if FULL else ("int8_rowwise",):
+        results = []
+        for fast in (True, False):
+            torch.manual_seed(0)
+            model = nn.Sequential(nn.Linear(48, 80)).to(DEVICE)
+            convert_(model, named(name), verbose=False)
+            x = torch.randn(64, 48, generator=torch.Generator().manual_seed(2)).to(DEVICE).requires_grad_()
+            with (
+                torch.autocast(DEVICE, torch.bfloat16, enabled=FULL),
+                patch.object(_rows, "launches", return_value=fast),
+            ):
+                y = model(x)
+                y.backward(torch.randn(64, 80, generator=torch.Generator().manual_seed(3)).to(DEVICE).to(y.dtype))
+            results.append((y.detach(), x.grad, model[0].weight.grad))
+        fine = all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+        print(f"layer, {name}: {'equal' if fine else 'differ'}")
+
+
+def operators() -> None:
+    """What torch demands of operators, and that layers which share an input share its codes in a compiled graph."""
+    x = torch.randn(40, 48, device=DEVICE)
+    text = _rows._plan_text(SPECS[0], SPECS[0], x.device)
+    torch.library.opcheck(torch.ops.lowbits.quantize_rows.default, (x, text))
+    codes = torch.ones(32, 48, dtype=torch.int8, device=DEVICE)
+    scale = torch.ones(32, 1, device=DEVICE)
+    torch.library.opcheck(torch.ops.lowbits.matmul_codes.default, (codes, codes, scale, scale, torch.bfloat16))
+    model = nn.ModuleList([nn.Linear(48, 32) for _ in range(3)]).to(DEVICE)
+    convert_(model, named("int8_rowwise"), verbose=False)
+    compiled = torch.compile(lambda x: sum(layer(x) for layer in model), backend="aot_eager_decomp_partition")
+    with patch.object(_rows, "_launch", wraps=_rows._launch) as launch:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            y = compiled(x.requires_grad_())
+        y.sum().backward()
+    # X and G once for all three, and three weights.
+    print(f"{launch.call_count} launches for three layers: {'equal' if launch.call_count == 5 else 'differ'}")
+
+
+def main() -> None:
+    cases = 0
+    for number, (along_k, (rows, columns, transposed)) in enumerate(itertools.product(SPECS, SHAPES)):
+        along_r = SPECS[(7 * number + 3) % len(SPECS)]
+        for dtype in (torch.bfloat16, torch.float32) if FULL else ((torch.bfloat16, torch.float32)[number % 2],):
+            for value in VALUES if FULL else VALUES[number % 2 :: 2][number % 3 :: 3]:
+                if value == 1e-40 and not FULL:
+                    dtype = torch.float32  # noqa: PLW2901, the interpreter reads bfloat16's subnormals as 0
+                x, cases = matrix(rows, columns, transposed, dtype, value), cases + 1
+                found = differing(x, along_k, along_r)
+                if found:
+                    print(f"{along_k}; {along_r}; {tuple(x.shape)} {dtype} with {value}: differ {found}")
+    x = matrix(70, 112, False, torch.bfloat16, None)
+    for pair in ((SPECS[0], None), (None, SPECS[1])):
+        if found := differing(x, *pair):
+            print(f"{pair}: differ {found}")
+    products()
+    layers()
+    operators()
+    print(f"{cases} cases")
+    if not cases:
+        sys.exit("no case was covered")
+
+
+if __name__ == "__main__":
+    main()
