@@ -7,6 +7,8 @@ calls these hooks and knows no method by name.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -111,6 +113,14 @@ class Method:
         """
         return causal_loss(model, ids)
 
+    def before_update_(self, groups: Sequence[dict[str, Any]], at: Position) -> None:
+        """Change the optimizer's groups for the update that comes: schedules of one's own.
+
+        Args:
+            groups: each has its learning rate by the run's schedule, anew in every step.
+            at: of the last forward pass.
+        """
+
     def after_step_(self, model: nn.Module, at: Position) -> None:
         """Change the model after an update: prune, anneal, project. Not called for a step that was skipped.
 
@@ -118,6 +128,14 @@ class Method:
             model: prepared, not wrapped.
             at: of the last forward pass of the step just taken.
         """
+
+    def forms(self, model: nn.Module) -> dict[str, AbstractContextManager[object]]:
+        """Return other forms of the model that are evaluated beside it: the log has their losses as `loss_NAME`.
+
+        Args:
+            model: prepared, not wrapped; within a context it has that form, and afterwards its own again.
+        """
+        return {}
 
     def metrics(self, model: nn.Module) -> dict[str, float]:
         """Return numbers for the log, measured now: each becomes a curve of the report.

@@ -9,14 +9,18 @@ that writes into the residual stream.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
+from typing import Any
 
 from torch import nn
 
-from lowbits.methods._contract import Method
+from lowbits.methods._contract import Method, Position
 from lowbits.nn import sub_norm_
+from lowbits.optim import param_groups
 
-__all__ = ["HYPER", "BitNet", "Hyper", "example"]
+__all__ = ["HYPER", "BitNet", "Hyper", "Published", "example"]
 
 WRITERS = ("o_proj", "down_proj", "c_proj")
 
@@ -67,19 +71,48 @@ HYPER: dict[str, Hyper] = {
 """Published sets by name. The tips do not give eps; torch's default stands there."""
 
 
+class Published(Enum):
+    """Whose hyper-parameters a run has: its own options, or a set of `HYPER`."""
+
+    NONE = "none"
+    DQT = "dqt"
+    OFFICIAL_700M = "official-700m"
+    OFFICIAL_3B = "official-3b"
+
+
 @dataclass(frozen=True)
 class BitNet(Method):
     """Train BitNet b1.58: with `--recipe bitnet_b158`, whose layers the recipe makes.
 
     Args:
+        hyper: learning rates, betas, eps and decay of a published set, in place of the run's; warm-up and decay of the
+            learning rate remain the run's (`Hyper.warmup` is the published one). Norms and biases do not decay.
         norm_eps: of the sub-norms.
     """
 
+    hyper: Published = Published.NONE
     norm_eps: float = 1e-5
 
     def prepare_(self, model: nn.Module, seed: int) -> None:
         """See `Method.prepare_`."""
         sub_norm_(model, WRITERS, self.norm_eps)
+
+    def param_groups(self, model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+        """See `Method.param_groups`."""
+        found = HYPER.get(self.hyper.value)
+        if found is None:
+            return param_groups(model, weight_decay)
+        own = {"lr": found.lr, "betas": found.betas, "eps": found.eps}
+        return param_groups(model, found.weight_decay, lambda *_: own)
+
+    def before_update_(self, groups: Sequence[dict[str, Any]], at: Position) -> None:
+        """See `Method.before_update_`: the second stage has another peak, and another decay where there is any."""
+        found = HYPER.get(self.hyper.value)
+        if found is not None:
+            peak, decay = found.at(at.step, at.steps)
+            for group in groups:
+                group["lr"] *= peak / found.lr
+                group["weight_decay"] = decay if group["weight_decay"] else 0.0
 
 
 def example() -> BitNet:

@@ -14,7 +14,7 @@ The published code keeps every weight in float32; here the bytes are real. `quan
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -317,6 +317,10 @@ class DQT(Method):
                 seed: Any = model.get_buffer("code_meters.seed")
                 rescale_(p, self._init, Noise.of(int(seed), name, "rescale"), at.step)
             meter.update_(p)
+
+    def forms(self, model: nn.Module) -> dict[str, AbstractContextManager[object]]:
+        """See `Method.forms`: `ternary`, as for inference; weights that are ternary already have no other form."""
+        return {} if self.grid.format == TERNARY else {"ternary": ternary_weights(model)}
 
     def metrics(self, model: nn.Module) -> dict[str, float]:
         """Return `changed`, `jumped`, `drift`, `top`, ... of all codes since the last line; see `CodeMeter.read_`.

@@ -26,6 +26,8 @@ _PROMPT, _SAMPLE = 16, 80  # tokens
 def evaluate(run: Run, data: TokenData, model: PreTrainedModel, world: World) -> dict[str, float | None]:
     """Return `loss_on` and `loss_off`: validation losses with the quantizers on and off, None where not finite.
 
+    And `loss_NAME` of every other form that the method gives the model.
+
     Stochastic rounding draws the same bits in every evaluation, so that two evaluations differ by the weights alone.
 
     Args:
@@ -40,9 +42,12 @@ def evaluate(run: Run, data: TokenData, model: PreTrainedModel, world: World) ->
         loss_on = _validation_loss(run, data, model, world)
         with high_precision(model):
             loss_off = _validation_loss(run, data, model, world)
+        losses = {"loss_on": loss_on, "loss_off": loss_off}
+        for name, form in run.method.forms(model).items():
+            with form:
+                losses[f"loss_{name}"] = _validation_loss(run, data, model, world)
     finally:
         model.train()
-    losses = {"loss_on": loss_on, "loss_off": loss_off}
     return {name: loss if math.isfinite(loss) else None for name, loss in losses.items()}
 
 

@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -11,7 +15,7 @@ from lowbits.analysis import measure_memory
 from lowbits.errors import ConversionError, SpecError
 from lowbits.methods import Position
 from lowbits.methods._code_meter import CodeMeter
-from lowbits.methods.bitnet import HYPER, BitNet
+from lowbits.methods.bitnet import HYPER, BitNet, Published
 from lowbits.methods.dqt import (
     DQT,
     Environment,
@@ -38,6 +42,10 @@ from lowbits.nn import (
 )
 from lowbits.optim import AdamW, AdamW8bit
 from lowbits.quantizers import Noise
+from lowbits.study._methods import method_curves
+from lowbits.study._records import read_run
+from lowbits.train import train
+from tests.train.tiny import log_lines, tiny_run, tokens
 
 
 class Block(nn.Module):
@@ -263,6 +271,40 @@ def test_drawn_codes_do_not_depend_on_chunks(per_channel: bool, monkeypatch: pyt
     assert normal_parameter((7,), Grid.of(2), 0.02, noise).shape == (7,)
     with pytest.raises(SpecError, match="sigma"):
         normal_parameter((2, 2), Grid.of(8), 0.0, noise)
+
+
+def test_the_log_has_the_loss_of_ternary_weights(tmp_path: Path) -> None:
+    """Of 8-bit codes; ternary ones have no other form. And the report has its curve."""
+    data = tokens(tmp_path).folder
+    for bits in (8, 1.58):
+        out = tmp_path / f"run-{bits}"
+        train(tiny_run(data, recipe="bf16", steps=2, method=DQT(bits=bits, sub_norms=False)), out)
+        (line,) = [line for line in log_lines(out) if line["kind"] == "eval"]
+        assert ("loss_ternary" in line) == (bits == 8)
+        curves = method_curves([read_run(out, 0)])
+        if bits == 8:
+            assert line["loss_ternary"] > 0 and line["loss_ternary"] != line["loss_on"]
+            assert curves["validation loss, ternary"].mean == (line["loss_ternary"],)
+        assert "pace" in curves and ("validation loss, ternary" in curves) == (bits == 8)
+
+
+def test_bitnet_trains_with_a_published_set(tmp_path: Path) -> None:
+    """The second half has the second peak, and no decay; norms never decay."""
+    seen: list[list[dict[str, float]]] = []
+
+    class Watched(BitNet):
+        def before_update_(self, groups: Sequence[dict[str, Any]], at: Position) -> None:
+            super().before_update_(groups, at)
+            keys = ("lr", "weight_decay", "eps")
+            seen.append([{key: group[key] / (at.share if key == "lr" else 1) for key in keys} for group in groups])
+
+    run = tiny_run(tokens(tmp_path).folder, recipe="bitnet_b158", steps=4, method=Watched(Published.OFFICIAL_700M))
+    train(run, tmp_path / "run")
+    first, last = seen[0], seen[-1]
+    assert [group["lr"] for group in first] == pytest.approx([1.5e-3] * 2)
+    assert [group["lr"] for group in last] == pytest.approx([1e-3] * 2)
+    assert sorted(group["weight_decay"] for group in first) == [0.0, 0.1]
+    assert [group["weight_decay"] for group in last] == [0.0, 0.0] and first[0]["eps"] == 1e-8
 
 
 def test_bitnet_has_both_published_sets() -> None:
