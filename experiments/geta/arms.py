@@ -22,11 +22,13 @@ class Task(ABC):
 
     Attributes:
         steps: optimizer steps of every arm.
-        name: of the results file.
+        name: of the files of its runs.
+        device: where it is trained.
     """
 
     steps: int
     name: str
+    device = torch.device("cpu")
 
     @abstractmethod
     def model(self, seed: int) -> nn.Module:

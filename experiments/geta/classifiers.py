@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from experiments.checks import Check
 from experiments.geta.arms import ARMS, Result, Task
-from experiments.geta.runs import Check, each, mean, told, write
+from experiments.geta.runs import Runs, Study, mean, told
 
 
 class Residual(nn.Module):
@@ -173,31 +174,33 @@ def checks(runs: dict[str, list[Result]], most_lost: float) -> list[Check]:
     ]  # fmt: skip
 
 
-def longer(folder: Path, out: Path, steps: int | None = None) -> Path:
-    """Train three times as long on images: the dense network and half of it alone."""
+def longer(folder: Path, out: Path, results: Path, steps: int | None = None) -> Study:
+    """Return three times as long on images: the dense network and half of it alone."""
     task = Images(folder)
     task.name, task.steps = "image-longer", steps or 3 * task.steps
-    runs = each(out, task, {name: ARMS[name] for name in ("dense", "GETA 50 %, 4 to 8 bits")})
-    means = [mean(runs, name, "accuracy") for name in runs]
-    words = "; ".join(
-        f"{name} {told(runs, name, 'accuracy')} (mean {m:.2f})" for name, m in zip(runs, means, strict=True)
-    )
-    check = Check("A14", "three times as long: at most 1.5 points below dense", words, means[1] >= means[0] - 1.5)
+    names = ("dense", "GETA 50 %, 4 to 8 bits")
+
+    def claims(runs: Runs) -> list[Check]:
+        means = [mean(runs, name, "accuracy") for name in names]
+        words = "; ".join(
+            f"{name} {told(runs, name, 'accuracy')} (mean {m:.2f})" for name, m in zip(names, means, strict=True)
+        )
+        return [Check("A14", "three times as long: at most 1.5 points below dense", words, means[1] >= means[0] - 1.5)]
+
     setting = {"steps": task.steps, "batch": task.batch}
-    return write("image_longer_cpu", {"setting": setting, "runs": runs}, [check], torch.device("cpu"))
+    return Study("image_longer_cpu", task, lambda _: {n: ARMS[n] for n in names}, claims, setting, out, results)
 
 
-def main(kind: str, folder: Path, out: Path, steps: int | None = None) -> Path:
-    """Carry out all arms of one task."""
-    task: Images | Texts = Images(folder) if kind == "image-cpu" else Texts(folder)
+def study(kind: str, folder: Path, out: Path, results: Path, steps: int | None = None) -> Study:
+    """Return all arms of one task."""
+    images = kind == "image-cpu"
+    task: Images | Texts = Images(folder) if images else Texts(folder)
     task.steps = steps or task.steps
-    runs = each(out, task, ARMS)
-    held = len(task.test_y)
     setting = {
-        "model": "residual network" if kind == "image-cpu" else "BERT, 2 layers of 64, from scratch",
+        "model": "residual network" if images else "BERT, 2 layers of 64, from scratch",
         "parameters": sum(p.numel() for p in task.model(0).parameters()), "steps": task.steps, "batch": task.batch,
-        "lr": task.lr, "optimizer": "SGD, momentum" if kind == "image-cpu" else "AdamW",
-        "data": f"{'MNIST' if kind == 'image-cpu' else 'SST-2'}, {len(task.y):,} to train, {held:,} held out",
+        "lr": task.lr, "optimizer": "SGD, momentum" if images else "AdamW",
+        "data": f"{'MNIST' if images else 'SST-2'}, {len(task.y):,} to train, {len(task.test_y):,} held out",
     }  # fmt: skip
-    lost = 1.5 if kind == "image-cpu" else 2.0
-    return write(kind.replace("-", "_"), {"setting": setting, "runs": runs}, checks(runs, lost), torch.device("cpu"))
+    lost = 1.5 if images else 2.0
+    return Study(kind.replace("-", "_"), task, lambda _: ARMS, lambda r: checks(r, lost), setting, out, results)

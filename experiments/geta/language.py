@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from experiments.checks import Check
 from experiments.geta.arms import Arm, Result, Task, joint, random_score
-from experiments.geta.runs import SEEDS, Check, each, mean, told, write
+from experiments.geta.runs import Runs, Study, mean, told
 
 TOY = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2, "num_attention_heads": 4,
        "num_key_value_heads": 2, "max_position_embeddings": 64}  # fmt: skip
@@ -79,7 +80,7 @@ def arms(seed: int) -> dict[str, Arm]:
     }
 
 
-def checks(runs: dict[str, list[Result]]) -> list[Check]:
+def checks(runs: Runs) -> list[Check]:
     whole, chosen, chance = (mean(runs, name, "loss") for name in ("0 %", "40 %", "40 % by chance"))
     words = "; ".join(f"{name}: {told(runs, name, 'loss')}" for name in runs)
     return [
@@ -88,17 +89,13 @@ def checks(runs: dict[str, list[Result]]) -> list[Check]:
     ]
 
 
-def main(folder: Path, out: Path, steps: int | None = None) -> Path:
-    """Train every arm under three seeds."""
+def study(folder: Path, out: Path, results: Path, steps: int | None = None) -> Study:
+    """Return all arms."""
     task = Characters(folder)
     task.steps = steps or task.steps
-    runs: dict[str, list[Result]] = {}
-    for seed in SEEDS:
-        for name, found in each(out, task, arms(seed), (seed,)).items():
-            runs.setdefault(name, []).extend(found)
     setting = {
         "model": "Llama, 2 layers of 64", "parameters": sum(p.numel() for p in task.model(0).parameters()),
         "steps": task.steps, "batch": task.batch, "block": task.block, "lr": task.lr, "optimizer": "AdamW",
         "data": f"{len(task.train):,} characters to train, {task.letters} different",
     }  # fmt: skip
-    return write("language_cpu", {"setting": setting, "runs": runs}, checks(runs), torch.device("cpu"))
+    return Study("language_cpu", task, arms, checks, setting, out, results)

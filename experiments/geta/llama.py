@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from experiments.checks import Check
 from experiments.geta.arms import Arm, Result, Task, dense, joint, prune_then_quantize, quantize_then_prune
-from experiments.geta.runs import Check, each, mean, told, write
+from experiments.geta.runs import Runs, Study, mean, told
 from lowbits import models
 from lowbits.data import TokenData
 
@@ -22,17 +23,20 @@ SEEDS = (0, 1)
 class Tokens(Task):
     """llama-42m on prepared tokens, bf16 autocast."""
 
-    name, steps, batch, block, lr, size = "llama", 800, 32, 512, 1e-3, "llama-42m"
+    name, steps, batch, block, lr, size = "llama", 600, 32, 512, 1e-3, "llama-42m"
 
-    def __init__(self, folder: Path, device: torch.device) -> None:
+    def __init__(self, folder: Path, device: torch.device, **changes: Any) -> None:
         self.data, self.device = TokenData.open(folder), device
+        for name, value in changes.items():
+            if value is not None:
+                setattr(self, name, value)
         self.held = [ids.to(device) for ids in self.data.val_batches(16, self.block, limit=256)]
 
     def model(self, seed: int) -> nn.Module:
         return models.build(self.size, self.data.vocab_size, self.block, seed).to(self.device)  # type: ignore[arg-type]
 
     def example(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return (), {"input_ids": self.held[0][:2, :127]}
+        return (), {"input_ids": self.held[0][:2, : self.block - 1]}
 
     def loss(self, model: nn.Module, step: int, seed: int) -> Tensor:
         ids = self.data.batch("train", step, batch_size=self.batch, block=self.block, seed=seed).to(self.device)
@@ -47,18 +51,27 @@ class Tokens(Task):
         return torch.optim.AdamW(model.parameters(), self.lr, betas=(0.9, 0.95), weight_decay=0.1)
 
     def score(self, network: nn.Module) -> Result:
-        cuda = self.device.type == "cuda"
+        wait = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
         with torch.no_grad():
             losses = [self.nats(network, ids).item() for ids in self.held]
-            if cuda:
-                torch.cuda.synchronize()
-            begun = time.perf_counter()
-            for _ in range(10):
+            seconds = []
+            for _ in range(7):
+                wait()
+                begun = time.perf_counter()
                 self.nats(network, self.held[0])
-            if cuda:
-                torch.cuda.synchronize()
-        seconds = (time.perf_counter() - begun) / 10
-        return {"loss": sum(losses) / len(losses), "tokens_per_second": self.held[0].numel() / seconds}
+                wait()
+                seconds.append(time.perf_counter() - begun)
+        found = {"loss": sum(losses) / len(losses), "tokens_per_second": self.held[0].numel() / min(seconds)}
+        return found if self.device.type != "cuda" else {**found, "activation_bytes": self.peak(network)}
+
+    @torch.no_grad()
+    def peak(self, network: nn.Module) -> int:
+        """Return the most bytes that a forward pass has beside all tensors that were there before."""
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        self.nats(network, self.held[0])
+        return torch.cuda.max_memory_allocated() - before
 
 
 ARMS: dict[str, Arm] = {
@@ -70,7 +83,7 @@ ARMS: dict[str, Arm] = {
 }
 
 
-def checks(runs: dict[str, list[Result]]) -> list[Check]:
+def checks(runs: Runs) -> list[Check]:
     both, rounded, healed = list(ARMS)[-3:]
     curve = [name for name in runs if "4 to 8" in name]
     means = {name: mean(runs, name, "loss") for name in runs}
@@ -88,12 +101,17 @@ def checks(runs: dict[str, list[Result]]) -> list[Check]:
     ]  # fmt: skip
 
 
-def main(folder: Path, out: Path, steps: int | None = None) -> Path:
-    """Train every arm under two seeds."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    task = Tokens(folder, device)
-    task.steps = steps or task.steps
-    runs = each(out, task, ARMS, SEEDS)
+def study(folder: Path, out: Path, results: Path, device: torch.device, **changes: Any) -> Study:
+    """Return all arms.
+
+    Args:
+        folder: prepared tokens.
+        out: of the runs.
+        results: folder of results files.
+        device: where to train.
+        changes: of the task: steps, batch, block, size.
+    """
+    task = Tokens(folder, device, **changes)
     setting = {"model": task.size, "steps": task.steps, "batch": task.batch, "block": task.block, "lr": task.lr,
                "parameters": sum(p.numel() for p in task.model(0).parameters())}  # fmt: skip
-    return write("llama", {"setting": setting, "runs": runs}, checks(runs), device)
+    return Study("llama", task, lambda _: ARMS, checks, setting, out, results)

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
+from experiments.checks import Check
 from experiments.eightbit_optimizers.classifiers import DEVIATION, MEAN, Block
 from experiments.geta.arms import ARMS, Arm, Result, Task, joint
 from experiments.geta.classifiers import checks, scored
-from experiments.geta.runs import Check, each, mean, told, write
+from experiments.geta.runs import Runs, Study, mean, told
 
 LARGEST_DROP = 0.8
 
@@ -23,7 +24,7 @@ LARGEST_DROP = 0.8
 class Cifar(Task):
     """He et al.'s ResNet-20, option A; 10,000 images to train."""
 
-    name, steps, batch, lr = "resnet20", 1600, 256, 0.2
+    name, steps, batch, lr = "resnet20", 1000, 256, 0.2
 
     def __init__(self, folder: Path, device: torch.device) -> None:
         self.device = device
@@ -76,12 +77,8 @@ def arms() -> dict[str, Arm]:
     return {**ARMS, "GETA 10 %, 4 to 8 bits": Arm(0.1, 4, 8, joint), "GETA 35 %, 4 bits": Arm(0.35, 4, 4, joint)}
 
 
-def main(folder: Path, out: Path, steps: int | None = None) -> Path:
-    """Train every arm under three seeds."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    task = Cifar(folder, device)
-    task.steps = steps or task.steps
-    runs = each(out, task, arms())
+def claims(runs: Runs) -> list[Check]:
+    """The published setting first, then what is claimed on the CPU."""
     name = "GETA 35 %, 4 bits"
     drop = mean(runs, "dense", "accuracy") - mean(runs, name, "accuracy")
     published = Check(
@@ -89,7 +86,13 @@ def main(folder: Path, out: Path, steps: int | None = None) -> Path:
         f"dense {told(runs, 'dense', 'accuracy')}; GETA {told(runs, name, 'accuracy')}; relative BOPs "
         f"{100 * mean(runs, name, 'relative_bops'):.2f} % (published 4.5, by others 8.4)", drop <= LARGEST_DROP,
     )  # fmt: skip
-    found = [published, *(replace(check, id=f"H200 {check.id}") for check in checks(runs, 2.0))]
+    return [published, *(replace(check, id=f"H200 {check.id}") for check in checks(runs, 2.0))]
+
+
+def study(folder: Path, out: Path, results: Path, device: torch.device, steps: int | None = None) -> Study:
+    """Return all arms."""
+    task = Cifar(folder, device)
+    task.steps = steps or task.steps
     setting = {"model": "ResNet-20", "steps": task.steps, "batch": task.batch, "lr": task.lr,
                "data": f"CIFAR-10, {len(task.y):,} to train, {len(task.test_y):,} held out"}  # fmt: skip
-    return write("resnet", {"setting": setting, "runs": runs}, found, device)
+    return Study("resnet", task, lambda _: arms(), claims, setting, out, results)
