@@ -15,10 +15,12 @@ from enum import Enum
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from lowbits.errors import ShapeError, SpecError
 
 IGNORED = -100
+_TOGETHER = 1 << 26  # logits at a time: a dozen temporaries of 256 MiB
 
 
 class KlMean(Enum):
@@ -87,6 +89,16 @@ class TopK:
             others = log_probs.scatter(-1, classes, -torch.inf).logsumexp(-1)
         return TopK(top, classes, others, logits.shape[-1], temperature)
 
+    def flat(self) -> TopK:
+        """Return the same with all positions in a row."""
+        parts = self.log_probs.flatten(0, -2), self.classes.flatten(0, -2), self.rest.flatten()
+        return TopK(*parts, self.num_classes, self.temperature)
+
+    def __getitem__(self, positions: slice) -> TopK:
+        """Return some of the first axis."""
+        parts = self.log_probs[positions], self.classes[positions], self.rest[positions]
+        return TopK(*parts, self.num_classes, self.temperature)
+
 
 def distillation_loss(
     student: Tensor,
@@ -98,7 +110,8 @@ def distillation_loss(
 
     Positions with the label -100 (padding) count nowhere. For a causal language model pass `logits[:, :-1]` of both and
     `ids[:, 1:]`; for an encoder-decoder model its decoder's logits and labels as they are. With a `TopK` teacher all
-    other classes are one: the divergence is then a lower bound, and exact for K = C.
+    other classes are one: the divergence is then a lower bound, and exact for K = C. Of many logits some positions are
+    computed at a time, and again in backward, so that no temporary is as large as all of them.
 
     Args:
         student: floating point, [..., C].
@@ -112,23 +125,36 @@ def distillation_loss(
         SpecError: the cache was made at another temperature.
     """
     _check(student, teacher, labels, mixing)
-    z = (student if student.dtype == torch.float64 else student.float()).flatten(0, -2)
-    kept = labels.flatten() != IGNORED
-    count = kept.sum().clamp_min(1)
-    hard = functional.cross_entropy(z, labels.flatten(), ignore_index=IGNORED, reduction="sum") / count
+    z, y = student.flatten(0, -2), labels.flatten()
+    told = teacher.flat() if isinstance(teacher, TopK) else teacher.detach().flatten(0, -2)
+    rows = max(1, _TOGETHER // z.shape[-1])
+    if len(z) <= rows:
+        total = _sum(z, told, y, mixing)
+    else:
+        pieces = [slice(i, i + rows) for i in range(0, len(z), rows)]
+        parts = [
+            checkpoint(_sum, z[i], told[i], y[i], mixing, use_reentrant=False, preserve_rng_state=False) for i in pieces
+        ]
+        total = torch.stack(parts).sum()
+    return total / (y != IGNORED).sum().clamp_min(1)
+
+
+def _sum(z: Tensor, teacher: Tensor | TopK, labels: Tensor, mixing: Mixing) -> Tensor:
+    """The loss of some positions, added up; z [N, C]."""
+    z = z if z.dtype == torch.float64 else z.float()
+    hard = functional.cross_entropy(z, labels, ignore_index=IGNORED, reduction="sum")
     if mixing.weight == 0:
         return hard
     each = _top_divergence(z, teacher) if isinstance(teacher, TopK) else _divergence(z, teacher, mixing.temperature)
-    soft = torch.where(kept, each, 0).sum() / count
+    soft = torch.where(labels != IGNORED, each, 0).sum()
     if mixing.kl_mean is KlMean.ELEMENT:
-        soft = soft / student.shape[-1]
+        soft = soft / z.shape[-1]
     return mixing.weight * mixing.temperature**2 * soft + (1 - mixing.weight) * hard
 
 
 def _divergence(z: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """KL of each position; a class that the teacher excludes (-inf) adds nothing."""
-    t = teacher.detach().to(z.dtype).flatten(0, -2)
-    log_p = functional.log_softmax(t / temperature, -1)
+    log_p = functional.log_softmax(teacher.to(z.dtype) / temperature, -1)
     log_q = functional.log_softmax(z / temperature, -1)
     p = log_p.exp()
     return torch.where(p > 0, p * (log_p - log_q), 0).sum(-1)
@@ -137,14 +163,13 @@ def _divergence(z: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 def _top_divergence(z: Tensor, teacher: TopK) -> Tensor:
     """KL where all classes but the K likeliest are one class."""
     log_q = functional.log_softmax(z / teacher.temperature, -1)
-    classes = teacher.classes.flatten(0, -2).long()
-    log_p = teacher.log_probs.flatten(0, -2).to(z.dtype)
+    classes, log_p = teacher.classes.long(), teacher.log_probs.to(z.dtype)
     p = log_p.exp()
     found = torch.where(p > 0, p * (log_p - log_q.gather(-1, classes)), 0).sum(-1)
     if teacher.classes.shape[-1] == teacher.num_classes:
         return found
     others = log_q.scatter(-1, classes, -torch.inf).logsumexp(-1)
-    log_rest = teacher.rest.flatten().to(z.dtype)
+    log_rest = teacher.rest.to(z.dtype)
     rest = log_rest.exp()
     return found + torch.where(rest > 0, rest * (log_rest - others), 0)
 

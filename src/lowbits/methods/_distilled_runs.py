@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from lowbits.errors import RunError
+from lowbits.errors import DataError, RunError, ShapeError
 from lowbits.export import Buckets, Coding, coded_sizes
 from lowbits.methods._contract import Table
 from lowbits.methods._distillation_loss import Mixing, TopK, distillation_loss
@@ -96,44 +96,29 @@ class Source:
 
     Args:
         teacher: or None.
-        folder: of the cache, or None.
-        k: classes that a new cache keeps.
-        temperature: of the targets.
+        cache: read first, and filled where there is a teacher; or None.
     """
 
-    def __init__(self, teacher: Teacher | None, folder: Path | None, k: int, temperature: float) -> None:
-        self.teacher, self.folder, self.k, self.temperature = teacher, folder, k, temperature
-        self.cache = TeacherCache(folder) if folder is not None and teacher is None else None
+    def __init__(self, teacher: Teacher | None, cache: TeacherCache | None) -> None:
+        self.teacher, self.cache = teacher, cache
 
     def __call__(self, ids: Tensor) -> Tensor | TopK:
         """Return the teacher's view of each next token, for all positions but the last."""
-        if self.folder is None:
-            return self._logits(ids)[:, :-1]
+        if self.cache is None:
+            return self.logits(ids)
         keys = content_keys(ids)
-        if self.teacher is not None:
-            self._fill(keys, ids)
-        assert self.cache is not None
+        if self.teacher is not None and self.cache.missing(keys):
+            self.cache.append(keys, self.logits(ids))
         top = self.cache.read(keys)
         log_probs, classes, rest = (part.to(ids.device) for part in (top.log_probs, top.classes, top.rest))
         return TopK(log_probs, classes, rest, top.num_classes, top.temperature)
 
-    def _fill(self, keys: list[int], ids: Tensor) -> None:
-        """Write what the cache lacks."""
-        if self.cache is not None and not self.cache.missing(keys):
-            return
-        logits = self._logits(ids)[:, :-1]
-        if self.cache is None:
-            assert self.folder is not None
-            classes = logits.shape[-1]
-            settings = CacheSettings("teacher of lowbits train", classes, min(self.k, classes), self.temperature)
-            self.cache = TeacherCache.create(self.folder, settings)
-        self.cache.append(keys, logits)
-
-    def _logits(self, ids: Tensor) -> Tensor:
+    def logits(self, ids: Tensor) -> Tensor:
+        """Return the teacher's own, whatever is cached."""
         assert self.teacher is not None
         if next(self.teacher.model.parameters()).device != ids.device:
             self.teacher.to(ids.device)
-        return self.teacher(input_ids=ids, use_cache=False)
+        return self.teacher(input_ids=ids, use_cache=False)[:, :-1]
 
 
 def attach_source_(model: nn.Module, words: str, folder: str, k: int, temperature: float) -> None:
@@ -147,7 +132,8 @@ def attach_source_(model: nn.Module, words: str, folder: str, k: int, temperatur
         temperature: of the targets.
     Raises:
         RunError: the words contradict each other, or the teacher does not fit the memory.
-        ShapeError: the teacher has another vocabulary.
+        ShapeError: the teacher, or the cached one, has another vocabulary.
+        DataError: the cache is empty or damaged, or of another teacher or temperature.
     """
     if folder and words == NONE:
         raise RunError("distillation: a cache is of a teacher, and there is none; leave cache or teacher=none out.")
@@ -155,15 +141,39 @@ def attach_source_(model: nn.Module, words: str, folder: str, k: int, temperatur
         raise RunError("distillation: teacher=cached needs cache=FOLDER, which an earlier run with a teacher filled.")
     if folder and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1 and words != CACHED:
         raise RunError("distillation: one process can write a cache; fill it in one, then train with teacher=cached.")
-    teacher = None
+    vocabulary = int(getattr(getattr(model, "config", None), "vocab_size", 0))
+    teacher, cache = None, None
     if words == SELF:
         teacher = Teacher(_in_high_precision(copy.deepcopy(model)))
     elif words not in (NONE, CACHED):
         teacher = load_teacher(words)
     if teacher is not None:
-        teacher.check_vocabulary(getattr(getattr(model, "config", None), "vocab_size", 0))
-    source = None if words == NONE else Source(teacher, Path(folder) if folder else None, k, temperature)
-    setattr(model, _SOURCE, source)
+        teacher.check_vocabulary(vocabulary)
+        if folder:
+            settings = CacheSettings(teacher.fingerprint, vocabulary, min(k, vocabulary), temperature)
+            cache = TeacherCache.create(folder, settings)
+    elif words == CACHED:
+        cache = _filled_cache(Path(folder), vocabulary, temperature)
+    setattr(model, _SOURCE, None if words == NONE else Source(teacher, cache))
+
+
+def _filled_cache(folder: Path, vocabulary: int, temperature: float) -> TeacherCache:
+    """Open a cache that is all that a run learns from, and say before training what is wrong with it."""
+    cache = TeacherCache(folder)
+    told = cache.settings
+    if not len(cache):
+        raise DataError(f"{folder} is empty; fill it with a run that has the teacher: teacher=FOLDER cache={folder}.")
+    if told.num_classes != vocabulary:
+        raise ShapeError(
+            f"the teacher in {folder} has {told.num_classes} classes, the student {vocabulary}: their vocabularies "
+            "differ. Fill a cache with a teacher of the student's tokenizer."
+        )
+    if told.temperature != temperature:
+        raise DataError(
+            f"{folder} was written at temperature {told.temperature}, the run wants {temperature}. Take "
+            f"temperature={told.temperature}, or fill another cache."
+        )
+    return cache
 
 
 def mixed_loss(model: nn.Module, ids: Tensor, mixing: Mixing) -> Tensor:
@@ -181,6 +191,21 @@ def mixed_loss(model: nn.Module, ids: Tensor, mixing: Mixing) -> Tensor:
     return distillation_loss(logits, source(ids), ids[:, 1:], mixing)
 
 
+def teacher_loss(model: nn.Module, ids: Tensor, mixing: Mixing) -> Tensor:
+    """Return the loss as `mixed_loss` does, without the cache: of labels alone where there is no teacher.
+
+    Args:
+        model: the student.
+        ids: int64, [batch, length].
+        mixing: weight of the teacher and temperature.
+    """
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+    source: Source | None = getattr(model, _SOURCE)
+    if source is None or source.teacher is None:
+        return distillation_loss(logits, logits, ids[:, 1:], Mixing(0.0))
+    return distillation_loss(logits, source.logits(ids), ids[:, 1:], mixing)
+
+
 def size_table(model: nn.Module) -> Table:
     """Return where the bytes of the finished model would be, packed and Huffman-coded.
 
@@ -193,7 +218,11 @@ def size_table(model: nn.Module) -> Table:
     rows: list[tuple[str | float | None, ...]] = [
         (part, *(float(getattr(sizes, part)) for sizes in found.values())) for part in parts
     ]
-    rows.append(("times smaller", *(round(sizes.ratio, 3) for sizes in found.values())))
+    rows.append(("times smaller than dense", *(round(sizes.ratio, 3) for sizes in found.values())))
+    source: Source | None = getattr(model, _SOURCE, None)
+    if source is not None and source.teacher is not None:
+        full = 4 * sum(p.numel() for p in source.teacher.model.parameters())
+        rows.append(("times smaller than the teacher in float32", *(round(full / x.file, 3) for x in found.values())))
     rows.append(("bits a coded weight", *(round(sizes.bits_a_weight, 4) for sizes in found.values())))
     note = (
         "Bytes of the file that lowbits.export.save_coded writes for this model; begins, lengths: of the Huffman code."

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,16 @@ class Teacher:
         """Bytes of parameters and buffers."""
         tensors = [*self.model.parameters(), *self.model.buffers()]
         return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+    @property
+    def fingerprint(self) -> str:
+        """Class and a digest of names, shapes and some elements of each tensor: another teacher has another."""
+        digest = hashlib.blake2b(digest_size=8)
+        for name, tensor in self.model.state_dict().items():
+            flat = tensor.detach().reshape(-1)
+            some = flat[:: max(1, flat.numel() // 64)].cpu().double()
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + some.numpy().tobytes())
+        return f"{type(self.model).__name__} {digest.hexdigest()}"
 
     def check_vocabulary(self, student_vocabulary: int) -> None:
         """Refuse a teacher whose classes are not the student's, before any training.

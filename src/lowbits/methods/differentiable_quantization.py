@@ -14,7 +14,7 @@ Legend: B buckets, S elements a bucket, L points.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowbits.data import TokenData
 from lowbits.errors import ConversionError, SpecError
 from lowbits.export import Buckets, PointTensor, between, bucketed, even_points, flattened, gradient_bucketed
 from lowbits.methods._contract import Method, Table
@@ -35,9 +36,11 @@ from lowbits.methods._distilled_runs import (
     levels_of,
     mixed_loss,
     size_table,
+    teacher_loss,
     weight_metrics,
 )
 from lowbits.methods._levels import PUBLISHED_BUCKETS, Levels, ranges, scaled, working
+from lowbits.methods._point_counts import gradient_norms, redistribute
 from lowbits.methods._quantized_weights import Choose
 from lowbits.methods._weight_views import Place, View, install_, is_conv1d, viewed
 from lowbits.optim import param_groups
@@ -60,6 +63,7 @@ __all__ = [
 ]
 
 _ADDRESSES = 4096
+_PROBE = 128  # tokens of a sequence whose gradient shares out points
 
 
 class Start(Enum):
@@ -244,69 +248,6 @@ def point_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {place.name: view.points for place, view in viewed(model) if isinstance(view, PointView)}
 
 
-def gradient_norms(
-    model: nn.Module, loss: Callable[[nn.Module, Any], Tensor], batches: Iterable[Any]
-) -> dict[str, float]:
-    """Return the norm of each quantized weight's gradient, averaged over batches before the norm is taken.
-
-    The published code averages 5 batches for images and 1 for translation.
-
-    Args:
-        model: after `learn_points_`; its own gradients are left as they are.
-        loss: `(model, batch) -> scalar`.
-        batches: a few.
-    Returns:
-        ||mean gradient of Q(w)||_2 by name.
-    """
-    places = [place for place, _ in viewed(model)]
-    frozen = [place.parameter.requires_grad for place in places]
-    for place in places:
-        place.parameter.requires_grad_(True)  # the gradient passes the points straight through
-    total = [torch.zeros_like(place.parameter) for place in places]
-    number = 0
-    try:
-        for batch in batches:
-            found = torch.autograd.grad(loss(model, batch), [p.parameter for p in places], materialize_grads=True)
-            for sum_, gradient in zip(total, found, strict=True):
-                sum_ += gradient
-            number += 1
-    finally:
-        for place, before in zip(places, frozen, strict=True):
-            place.parameter.requires_grad_(before)
-    return {place.name: (sum_.norm() / max(number, 1)).item() for place, sum_ in zip(places, total, strict=True)}
-
-
-def redistribute(counts: Mapping[str, int], norms: Mapping[str, float]) -> dict[str, int]:
-    """Give weights with large gradients more points.
-
-    Each keeps floor(n / 2), and what becomes free is shared in proportion to the norms, by largest remainder; a tie
-    goes to the name that sorts first, so the order of the weights does not matter.
-
-    Args:
-        counts: points of each weight.
-        norms: see `gradient_norms`; the same names.
-    Returns:
-        New counts with the same sum.
-    Raises:
-        SpecError: other names, or norms that are negative or not finite.
-
-    >>> redistribute(dict.fromkeys("abcd", 16), {"a": 1.0, "b": 1.0, "c": 1.0, "d": 5.0})
-    {'a': 12, 'b': 12, 'c': 12, 'd': 28}
-    """
-    if set(counts) != set(norms):
-        raise SpecError(f"redistribute: names differ: {sorted(set(counts) ^ set(norms))[:4]}.")
-    if bad := [name for name, norm in norms.items() if not (math.isfinite(norm) and norm >= 0)]:
-        raise SpecError(f"redistribute: the gradient of {bad[0]} has the norm {norms[bad[0]]}; it must be finite.")
-    kept = {name: count // 2 for name, count in counts.items()}
-    free, whole = sum(counts.values()) - sum(kept.values()), math.fsum(norms.values())
-    shares = {name: free * (norm / whole if whole else 1 / len(norms)) for name, norm in norms.items()}
-    given = {name: math.floor(share) for name, share in shares.items()}
-    order = sorted(shares, key=lambda name: (given[name] - shares[name], name))
-    for name in order[: free - sum(given.values())]:
-        given[name] += 1
-    return {name: kept[name] + given[name] for name in counts}
-
-
 @dataclass(frozen=True)
 class Bits:
     """What a distribution of points costs, in packed bits.
@@ -351,6 +292,8 @@ class DifferentiableQuantization(Method):
         cut: what shares a range.
         size: of a bucket or group.
         start: where points begin.
+        share_out: folder of tokens (`lowbits data prepare`); weights with larger gradients on five of its batches get
+            more points. Empty: all get the same number.
         point_lr: peak learning rate of the points, in units of a bucket's range.
         trained: points alone, or all parameters.
         ends: whether embeddings and output head are quantized too.
@@ -365,6 +308,7 @@ class DifferentiableQuantization(Method):
     cut: Cut = Cut.BUCKET
     size: int = 256
     start: Start = Start.QUANTILE
+    share_out: str = ""
     point_lr: float = 1e-3
     trained: Trained = Trained.POINTS
     ends: Ends = Ends.QUANTIZED
@@ -380,9 +324,19 @@ class DifferentiableQuantization(Method):
         levels = Levels.of_bits(self.bits, self.cut.buckets(self.size))
         chosen = levels_of(model, levels.count, levels.buckets, levels.rounding, self.ends)
         learn_points_(model, chosen, start=self.start)
+        if self.share_out:
+            learn_points_(model, chosen, start=self.start, counts=self._counts(model, seed))
         model.requires_grad_(self.trained is Trained.ALL)
         for points in point_parameters(model).values():
             points.requires_grad_()
+
+    def _counts(self, model: nn.Module, seed: int) -> dict[str, int]:
+        """As many points as the gradients say; of three digits, so that no rounding on the way moves a point."""
+        data, mixing = TokenData.open(self.share_out), Mixing(self.weight, self.temperature)
+        longest = getattr(getattr(model, "config", None), "max_position_embeddings", _PROBE)
+        batches = (data.batch("train", i, batch_size=2, block=min(longest, _PROBE), seed=seed) for i in range(5))
+        norms = gradient_norms(model, lambda m, ids: teacher_loss(m, ids, mixing), batches)
+        return redistribute(dict.fromkeys(norms, 1 << self.bits), {n: float(f"{x:.3g}") for n, x in norms.items()})
 
     def param_groups(self, model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
         """Return the points, with their own learning rate and no decay, and the other groups if all is trained."""

@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional
 
 from lowbits.errors import ShapeError, SpecError
+from lowbits.methods import _distillation_loss
 from lowbits.methods.distillation import KlMean, Mixing, TopK, distillation_loss
 from tests.oracles import distillation as oracle
 
@@ -87,6 +88,21 @@ def test_a_top_k_teacher_joins_all_other_classes(k: int) -> None:
     assert found.item() == pytest.approx(expected / 5, rel=1e-5)
     whole = distillation_loss(student, teacher, labels, Mixing(1.0)) / 4
     assert found <= whole + 1e-6 and (k < 12 or found.item() == pytest.approx(whole.item(), rel=1e-5))
+
+
+@pytest.mark.parametrize("k", [None, 4])
+def test_many_logits_some_at_a_time_give_the_same(k: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    student, teacher, labels = batch(3, 5, 12)
+    labels[0, 2:] = -100
+    found = []
+    for together in (1 << 26, 12 * 4):  # all 15 positions, or four
+        monkeypatch.setattr(_distillation_loss, "_TOGETHER", together)
+        z = student.clone().requires_grad_()
+        loss = distillation_loss(z, teacher if k is None else TopK.of_logits(teacher, k, 2.0), labels)
+        loss.backward()
+        found.append((loss.detach(), z.grad))
+    (whole, gradient), (parts, other) = found
+    assert torch.allclose(whole, parts, rtol=1e-14) and torch.allclose(gradient, other, rtol=1e-12, atol=1e-16)
 
 
 def test_other_vocabularies_positions_and_temperatures_are_refused() -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from lowbits import models
-from lowbits.errors import RunError, ShapeError
+from lowbits.errors import DataError, RunError, ShapeError
 from lowbits.export import Coding, load_coded, save_coded
 from lowbits.methods.differentiable_quantization import DifferentiableQuantization, point_parameters
 from lowbits.methods.distillation import (
@@ -98,6 +99,33 @@ def test_the_report_has_the_bytes_of_the_file_that_a_checkpoint_becomes(data: Pa
     assert torch.equal(plain(ids).logits, student.eval()(ids).logits)
 
 
+def test_the_report_compares_with_the_teacher(data: Path, teacher: Path, tmp_path: Path) -> None:
+    result = train(short(data, method=QuantizedDistillation(teacher=str(teacher), size=32)), tmp_path / "run")
+    rows = {row[0]: row[1:] for row in result["tables"][0]["rows"]}
+    parameters = sum(p.numel() for p in models.build(str(teacher), 300, 32, 0).parameters())
+    expected = [round(4 * parameters / size, 3) for size in rows["file"]]
+    assert list(rows["times smaller than the teacher in float32"]) == expected
+
+
+def test_points_are_shared_out_by_gradient(data: Path, teacher: Path, tmp_path: Path) -> None:
+    """By the gradients of the mixed loss; a run that is resumed shares them out again as before."""
+    method = DifferentiableQuantization(bits=2, size=32, share_out=str(data), teacher=str(teacher))
+    run = short(data, model=str(teacher), method=method, steps=4)
+    run = replace(run, saving=replace(run.saving, save_every=2, keep=2))
+    train(run, tmp_path / "run")
+    saved = checkpoints(tmp_path / "run" / "checkpoints")
+    from safetensors.torch import load_file
+
+    state = load_file(saved[-1] / "model.safetensors")
+    counts = [len(tensor) for name, tensor in state.items() if name.endswith(".points")]
+    assert sum(counts) == 4 * len(counts) and min(counts) >= 2 and max(counts) > 4
+    before = state_bytes(tmp_path / "run")
+    shutil.rmtree(saved[-1])
+    (tmp_path / "run" / "result.json").unlink()
+    train(run, tmp_path / "run", resume=True)
+    assert state_bytes(tmp_path / "run") == before
+
+
 def test_two_runs_have_the_same_file(data: Path, tmp_path: Path) -> None:
     run = short(data, method=QuantizedDistillation(bits=2, size=32))
     for name in "ab":
@@ -142,6 +170,35 @@ def test_a_bf16_model_teaches_its_own_nvfp4_form(data: Path, teacher: Path, tmp_
     divergences = [line["loss"] for line in lines]
     assert all("method" not in line for line in lines)
     assert all(0 < divergence < 0.01 for divergence in divergences)  # the teacher knows little after six steps
+
+
+def test_a_cache_that_cannot_serve_is_named_before_training(teacher: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    method = QuantizedDistillation(teacher=str(teacher), cache=str(folder))
+    with pytest.raises(DataError, match="no teacher's cache"):
+        replace(method, teacher="cached").prepare_(network(), 0)
+    method.prepare_(network(), 0)
+    with pytest.raises(DataError, match="is empty; fill it with a run that has the teacher"):
+        replace(method, teacher="cached").prepare_(network(), 0)
+    with pytest.raises(DataError, match="holds a cache of"):  # the student itself, not the teacher that began it
+        replace(method, teacher="self").prepare_(network(), 0)
+    ids = torch.arange(32)[None]
+    student = network()
+    method.prepare_(student, 0)
+    method.loss(student, ids)
+    shard = folder / "shard-00000.safetensors"
+    assert shard.exists() and len(TeacherCache(folder)) == 1
+    cached = replace(method, teacher="cached")
+    with pytest.raises(DataError, match=r"written at temperature 1\.0, the run wants 2\.0"):
+        replace(cached, temperature=2.0).prepare_(network(), 0)
+    with pytest.raises(ShapeError, match="300 classes, the student 999"):
+        cached.prepare_(model(999, 32), 0)
+    shard.write_bytes(shard.read_bytes()[:-9] + b"elsewhere")
+    student = network()
+    cached.prepare_(student, 0)
+    with pytest.raises(DataError, match=r"was altered.*TeacherCache\.repair"):
+        cached.loss(student, ids)
+    assert shard.exists()
 
 
 def test_bad_teachers_are_named_before_training(teacher: Path, tmp_path: Path) -> None:

@@ -215,6 +215,30 @@ def test_a_teacher_in_high_precision_draws_its_few_bits_nearer(recipe: str) -> N
     assert sum(losses[-5:]) / 5 < 0.75 * losses[0]
 
 
+@pytest.mark.parametrize("recipe", recipes.NAMED)
+def test_every_recipe_computes_with_the_rounded_weight(recipe: str) -> None:
+    """The layer of a recipe quantizes Q(w), and its gradient reaches the master copy; a teacher in bf16."""
+    if recipe.endswith("_native") and not torch.cuda.is_available():
+        pytest.skip("native FP8 needs a GPU")
+    torch.manual_seed(0)
+    model, ids = gpt2(), torch.randint(0, 32, (4, 16))
+    teacher = Teacher(copy.deepcopy(model).bfloat16())
+    convert_(model, recipes.named(recipe), verbose=False)
+    rounded = copy.deepcopy(model)
+    quantize_weights_(model, Levels(4, PerGroup(8)))
+    with torch.no_grad():
+        for place, view in viewed(model):
+            rounded.get_parameter(place.name).copy_(view(place.parameter))
+    pairs = []
+    for network in (model, rounded):
+        loss = distillation_loss(network(ids).logits[:, :-1], teacher(ids)[:, :-1], ids[:, 1:], Mixing())
+        loss.backward()
+        pairs.append((loss.item(), [p.grad for p in network.parameters()]))
+    (loss, gradients), (expected, wanted) = pairs
+    assert loss == pytest.approx(expected, rel=1e-6)  # another order of memory may be another order of sums
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-7) for a, b in zip(gradients, wanted, strict=True))
+
+
 def test_moment_codecs_of_a_recipe_reach_the_master_weight() -> None:
     model = nn.Sequential(nn.Linear(64, 64))
     convert_(model, lambda *_: recipes.named("adam8bit"), verbose=False)
