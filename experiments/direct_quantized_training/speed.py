@@ -125,9 +125,9 @@ def layer(tokens: int, width: int, results: Path) -> None:
     add = _adder(file, x, g)
     add("bfloat16", _linear(weight))
     for name, grid in GRIDS.items():
-        ways = {e: grid_linear_(_linear(weight), grid, execution=e) for e in Execution}
-        outputs = {e: made(x).detach().float() for e, made in ways.items()}
-        a, b = (outputs[e] for e in (Execution.SIMULATED, Execution.NATIVE))
+        both = (Execution.SIMULATED, Execution.NATIVE)
+        ways = {e: grid_linear_(_linear(weight), grid, execution=e) for e in both}
+        a, b = (made(x).detach().float() for made in ways.values())
         # Where sums cancel, float32's error in them counts, not the output's own size.
         gap = (a - b).abs() / a.abs().clamp_min(1e-3 * float(a.abs().max()))
         for execution, made in ways.items():

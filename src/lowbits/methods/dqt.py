@@ -138,7 +138,7 @@ def quantize_(  # noqa: PLR0913  what there is to choose
         init: how steps come about; None: the published rule.
         scope: which weights.
         environment: of their gradients.
-        execution: NATIVE runs fprop on integer units.
+        execution: of GEMMs with codes, see `GridLinear`.
     Returns:
         Names of the parameters that are codes now.
     Raises:
@@ -238,7 +238,7 @@ class DQT(Method):
         codes_per_byte: 1, 2, 4, or 5 for ternary codes as base-3 digits; None: the densest of the first three.
         scope: which weights are codes.
         environment: dtype of their gradients, and how gradients of outputs are rounded.
-        execution: native runs fprop (and dgrad in `int8`) on integer units.
+        execution: native runs fprop (and dgrad in `int8`) on integer units, auto does so on a GPU.
         rounding: of updates; nearest is the control under which small steps vanish.
         init: the rule that gives the steps.
         sigmas: k of the rule `sigma`.
@@ -346,7 +346,8 @@ class DQT(Method):
             rows.append((name, found.bottom, found.zero, found.top, read["saturated"], step, 1 / step, told))
         columns = ("weight", "lowest code", "zero", "highest code", "more at the ends", "step", "codes a unit", "alarm")
         note = (
-            "Shares of codes at the end of training; codes a unit, times a learning rate, is the rate in codes a step."
+            "Shares of codes at the end of training; codes a unit, times a learning rate, is the rate in codes a step. "
+            f"Products of codes: {self.execution.value}; {self.environment.value} gradients."
         )
         return (Table(f"Codes of {self.grid}", columns, tuple(rows), note),)
 

@@ -35,8 +35,8 @@ class GridLinear(nn.Linear):
     """A linear layer with a `QParameter`; `grid_linear_` makes one of an `nn.Linear`.
 
     Attributes:
-        execution: NATIVE multiplies int8 by int8 in fprop, and in dgrad where `gradient` is int8; else codes are cast
-            to the compute dtype, the numbers are the same up to the order of float32 sums.
+        execution: NATIVE multiplies int8 by int8 in fprop, and in dgrad where `gradient` is int8; AUTO does so on a
+            GPU; else codes are cast to the compute dtype, the numbers are the same up to the order of float32 sums.
         gradient: how G is rounded before both backward GEMMs, per tensor or per token; None is high precision.
     """
 
@@ -61,6 +61,12 @@ class _Plan(NamedTuple):
     dtype: torch.dtype
     execution: Execution
     gradient: QuantSpec | None
+
+    def native(self, device: torch.device, terms: int) -> bool:
+        """Whether integers are multiplied as such, in sums of so many terms."""
+        if self.execution is Execution.AUTO:
+            return device.type == "cuda" and terms <= _INT32_TERMS
+        return self.execution is Execution.NATIVE
 
 
 def per_token(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,7 +112,8 @@ class _GridMatmul(torch.autograd.Function):
         ctx.plan, ctx.dtype, ctx.shape = plan, x.dtype, x.shape
         ctx.save_for_backward(codes, sx, weight)
         q = weight.unpacked()
-        sums = integer_mm(codes, q).float() if plan.execution is Execution.NATIVE else _sums(codes, q.t(), plan.dtype)
+        native = plan.native(x.device, q.shape[1])
+        sums = integer_mm(codes, q).float() if native else _sums(codes, q.t(), plan.dtype)
         # Divided as it is returned: a view of what was divided could not be written into behind `fully_shard`'s hooks.
         tokens = x.shape[:-1]
         return (sums.mul_(_outer(weight)).view(*tokens, q.shape[0]) / sx.view(*tokens, 1)).to(plan.dtype)
@@ -131,8 +138,8 @@ class _GridMatmul(torch.autograd.Function):
 
 def _on_integers(plan: _Plan, weight: QParameter) -> bool:
     """Whether dgrad multiplies integers: then steps must not vary along the contraction."""
-    integers = plan.gradient is not None and plan.gradient.format == INT8
-    return plan.execution is Execution.NATIVE and integers and not weight.per_channel
+    integers = plan.gradient is not None and plan.gradient.format == INT8 and not weight.per_channel
+    return integers and plan.native(weight.device, weight.shape[0])
 
 
 def _input_gradient(g: Tensor, weight: QParameter, dtype: torch.dtype) -> Tensor:
