@@ -95,7 +95,7 @@ def report(told: dict[str, Any], runs: Ran) -> tuple[Path, list[Check]]:
 
 
 def main(data: str, names: Sequence[str], arms: Sequence[str], seeds: int, setting: Setting, seconds: float) -> None:
-    """Train what is not there yet while there is time; a run that would end too late is not begun, but for the first."""
+    """Train what is not there yet while there is time; only the first run may end too late."""
     for what, wanted, there in (("model", names, models.SIZES), ("arm", arms, ARMS)):
         unknown = [name for name in wanted if name not in there]
         if unknown:

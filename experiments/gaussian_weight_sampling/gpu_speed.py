@@ -33,7 +33,7 @@ from lowbits.methods.gaussws import GaussWS, Plan, PseudoNoise
 from lowbits.nn import Recipe, convert_, quantized_layers
 
 ROOT = Path(__file__).parents[2]
-STEPS, WARMUP = 4, 3
+STEPS, WARMUP, VOCABULARY = 4, 3, 32_000
 PROCESSES = 6  # of the cases that compare bits: compiling takes nearly all of their time
 ARMS: dict[str, Method] = {
     "GaussWS": GaussWS(),
@@ -96,7 +96,7 @@ def training(method: Method, size: Size) -> Training:
     """Build a Llama with random weights; `Method()` is a plain model of transformers, not converted."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    config = models.config(size.model, 32_000, size.length)
+    config = models.config(size.model, VOCABULARY, size.length)
     config.num_hidden_layers = size.layers or config.num_hidden_layers
     torch.manual_seed(0)
     with torch.device(size.device):
@@ -115,7 +115,7 @@ def training(method: Method, size: Size) -> Training:
 def tokens(size: Size) -> Tensor:
     """Random tokens: the time of a step does not depend on them."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(32_000, (size.batch, size.length), generator=generator).to(size.device)
+    return torch.randint(VOCABULARY, (size.batch, size.length), generator=generator).to(size.device)
 
 
 def seconds(run: Callable[[], object], repeats: int) -> float:

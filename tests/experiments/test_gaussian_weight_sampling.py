@@ -119,8 +119,9 @@ def test_every_arm_of_the_larger_models_exists() -> None:
     assert gpu_language.checks({"bf16": [row]}) == []
 
 
-def test_steps_that_are_timed_are_steps() -> None:
+def test_steps_that_are_timed_are_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both ways to train take the same tokens; a plain model is not converted."""
+    monkeypatch.setattr(gpu_speed, "VOCABULARY", 128)
     tiny = gpu_speed.Size("llama-15m", 1, 1, 1, False, "cpu", 16)
     ids, losses = gpu_speed.tokens(tiny), {}
     for name, method in {"bf16": Method(), **gpu_speed.ARMS}.items():

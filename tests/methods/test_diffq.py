@@ -136,3 +136,9 @@ def test_what_does_not_fit_a_model() -> None:
 
 def test_the_form_is_an_option() -> None:
     assert named("diffq,form=matched") == DiffQ(form=Form.MATCHED)
+
+
+def test_compiled_the_noise_is_the_same() -> None:
+    noise, w = noise_of(network(DiffQ(smallest=0.0))), torch.randn(96, 64)
+    compiled = torch.compile(noise, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(w), noise(w)) and not torch.equal(noise(w), w)
