@@ -148,6 +148,7 @@ def quantize_(  # noqa: PLR0913  what there is to choose
     head = head if isinstance(head, nn.Module) else dict(model.named_modules()).get("lm_head")
     for name, module in model.named_modules():
         if _is_linear(module) and (scope is Scope.ALL or module is not head):
+            _check_plain(name, module)
             _as_linear_(module)
             grid_linear_(
                 module, grid, init, execution=execution, gradient=environment.gradient, dtype=environment.dtype
@@ -270,7 +271,8 @@ class DQT(Method):
     def __post_init__(self) -> None:
         if self.rescale_every < 0 or (self.codes_lr is not None and self.codes_lr < 0):
             raise SpecError(
-                f"DQT: rescale_every and codes_lr are at least 0, got {self.rescale_every}, {self.codes_lr}."
+                f"DQT: rescale_every and codes_lr are at least 0, got {self.rescale_every}, {self.codes_lr}. Leave them "
+                "out for steps that stay, and for the run's learning rate."
             )
         _ = self.grid, self._init
 
@@ -371,14 +373,20 @@ def _is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ in ("Conv1D", "QuantizedConv1D")
 
 
+def _check_plain(name: str, module: nn.Module) -> None:
+    recipe: Any = getattr(module, "recipe", None)
+    if recipe is not None and not recipe.plain:
+        raise ConversionError(
+            f"quantize_: {name} follows [{recipe}], whose weights are floats that are quantized in every GEMM; codes "
+            "take layers in high precision. Use a recipe without GEMMs, such as bf16."
+        )
+
+
 def _as_linear_(module: nn.Module) -> None:
     """Make transformers' `Conv1D` a linear layer: its weight is stored as [in, out]."""
     if not _is_conv1d(module):
         return
     weight: Any = module.weight
-    recipe: Any = getattr(module, "recipe", None)
-    if recipe is not None and not recipe.plain:
-        raise ConversionError(f"quantize_: the layer follows [{recipe}] already. Use a recipe without GEMMs.")
     module.__class__ = nn.Linear
     module.in_features, module.out_features = weight.shape
     module.weight = nn.Parameter(weight.detach().t().contiguous())

@@ -95,7 +95,7 @@ class Grid:
             SpecError: another width.
         """
         if bits not in _FORMATS:
-            raise SpecError(f"Grid: weights have 8 to 2 bits, or 1.58 for ternary ones, got {bits}.")
+            raise SpecError(f"Grid: bits are one of {', '.join(map(str, _FORMATS))} (ternary), got {bits}.")
         return Grid(_FORMATS[bits], packing, rounding)
 
     @property

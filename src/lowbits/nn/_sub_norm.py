@@ -11,11 +11,23 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.functional import rms_norm
 
 from lowbits.errors import ConversionError
 
 WRITERS = ("o_proj", "down_proj")
 """What transformers calls the layers that write into the residual stream of a Llama."""
+
+
+class SubNorm(nn.RMSNorm):
+    """An RMSNorm whose gains are cast to the dtype of what it normalizes, as autocast does in linear layers.
+
+    With two dtypes torch would run it as five kernels, and warn.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x / rms(x) times the gains, in the dtype of x."""
+        return rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 def sub_norm_(model: nn.Module, writers: Sequence[str] = WRITERS, eps: float = 1e-5) -> list[str]:
@@ -40,7 +52,7 @@ def sub_norm_(model: nn.Module, writers: Sequence[str] = WRITERS, eps: float = 1
             raise ConversionError(f"sub_norm_: {name} has a norm before it already.")
         weight: Any = layer.weight
         width: Any = layer.in_features
-        layer.sub_norm = nn.RMSNorm(width, eps, device=weight.device, dtype=weight.dtype)
+        layer.sub_norm = SubNorm(width, eps, device=weight.device, dtype=weight.dtype)
         layer.register_forward_pre_hook(_normalize)
     return [name for name, _ in found]
 

@@ -180,6 +180,8 @@ def test_a_sub_norm_stands_before_the_layer() -> None:
     assert torch.allclose(sub, other.o_proj(normalized), rtol=1e-5, atol=1e-5)
     sub.sum().backward()
     assert net.o_proj.sub_norm.weight.grad is not None
+    with torch.autocast("cpu", torch.bfloat16):  # gains are float32: torch would warn
+        assert torch.allclose(net.o_proj(x.bfloat16()).float(), sub, rtol=0.02, atol=0.02)
     with pytest.raises(ConversionError, match="already"):
         sub_norm_(net)
     with pytest.raises(ConversionError, match="no linear layers named"):
