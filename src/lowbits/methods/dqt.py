@@ -271,8 +271,8 @@ class DQT(Method):
     def __post_init__(self) -> None:
         if self.rescale_every < 0 or (self.codes_lr is not None and self.codes_lr < 0):
             raise SpecError(
-                f"DQT: rescale_every and codes_lr are at least 0, got {self.rescale_every}, {self.codes_lr}. Leave them "
-                "out for steps that stay, and for the run's learning rate."
+                f"DQT: rescale_every and codes_lr are at least 0, got {self.rescale_every}, {self.codes_lr}. Leave "
+                "them out for steps that stay, and for the run's learning rate."
             )
         _ = self.grid, self._init
 

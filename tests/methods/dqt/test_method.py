@@ -273,9 +273,13 @@ def test_drawn_codes_do_not_depend_on_chunks(per_channel: bool, monkeypatch: pyt
         normal_parameter((2, 2), Grid.of(8), 0.0, noise)
 
 
-def test_the_log_has_the_loss_of_ternary_weights(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tokens(tmp_path_factory.mktemp("tiny")).folder
+
+
+def test_the_log_has_the_loss_of_ternary_weights(data: Path, tmp_path: Path) -> None:
     """Of 8-bit codes; ternary ones have no other form. And the report has its curve."""
-    data = tokens(tmp_path).folder
     for bits in (8, 1.58):
         out = tmp_path / f"run-{bits}"
         train(tiny_run(data, recipe="bf16", steps=2, method=DQT(bits=bits, sub_norms=False)), out)
@@ -288,7 +292,7 @@ def test_the_log_has_the_loss_of_ternary_weights(tmp_path: Path) -> None:
         assert "pace" in curves and ("validation loss, ternary" in curves) == (bits == 8)
 
 
-def test_bitnet_trains_with_a_published_set(tmp_path: Path) -> None:
+def test_bitnet_trains_with_a_published_set(data: Path, tmp_path: Path) -> None:
     """The second half has the second peak, and no decay; norms never decay."""
     seen: list[list[dict[str, float]]] = []
 
@@ -298,7 +302,7 @@ def test_bitnet_trains_with_a_published_set(tmp_path: Path) -> None:
             keys = ("lr", "weight_decay", "eps")
             seen.append([{key: group[key] / (at.share if key == "lr" else 1) for key in keys} for group in groups])
 
-    run = tiny_run(tokens(tmp_path).folder, recipe="bitnet_b158", steps=4, method=Watched(Published.OFFICIAL_700M))
+    run = tiny_run(data, recipe="bitnet_b158", steps=4, method=Watched(Published.OFFICIAL_700M))
     train(run, tmp_path / "run")
     first, last = seen[0], seen[-1]
     assert [group["lr"] for group in first] == pytest.approx([1.5e-3] * 2)

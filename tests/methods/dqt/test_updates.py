@@ -215,8 +215,11 @@ def floats_of_size(sizes: set[int]) -> Iterator[Tensor]:
             yield found
 
 
-@pytest.mark.parametrize("name", ["AdamW8bit", "AdamW4bit", "Lion8bit"])
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize(
+    ("name", "grid"),
+    [*(("AdamW8bit", grid) for grid in GRIDS), ("AdamW4bit", GRIDS[3]), ("Lion8bit", GRIDS[0])],
+    ids=str,
+)
 def test_no_float_of_a_weights_size_lives_between_steps(name: str, grid: Grid) -> None:
     """U5, U14: in the backward pass, with moments in codes; and the bytes of every storage, added up."""
     from lowbits.nn import GridLinear, grid_linear_
