@@ -139,6 +139,13 @@ def learned_steps() -> None:
         for slope in Slope:
             x = torch.randn(64, 128, dtype=dtype, requires_grad=True)
             Quantizer(1.0, 8, slope)(x).sum().backward()
+    slices = [_launch.Slices(torch.randn(64, 8), axis, torch.arange(3)) for axis in (0, 1)]
+    for own in (None, torch.ones(3 * 8 + 3 * 64)):
+        table = _launch.Table(slices, own)
+        before, scalars = table.gather(), torch.rand(2, 3)
+        table.products([s.parameter for s in slices], before, scalars)
+        table.decay_(before, scalars, torch.rand(2), torch.rand(1))
+        table.clear_()
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lowbits.errors import SpecError
 from lowbits.methods.geta._forgetting import Pairs, Products, Rates
 from lowbits.methods.geta._graph import Graph
+from lowbits.methods.geta._launch import Slices, Table
 
 
 class Piece(NamedTuple):
@@ -75,6 +76,16 @@ class Doomed:
         # Pieces without a quantizer go to one pair more, which is dropped.
         pair = [numbers.get((piece.dimension, piece.layer), len(keys)) for piece in self.pieces]
         self.pair = torch.tensor(pair, device=device)
+        self.table = self._tabled()
+
+    def _tabled(self) -> Table | None:
+        """Return the pieces as the kernels read them, None where they cannot."""
+        own = [self.parameters[piece.name] for piece in self.pieces]
+        if not Table.takes(own):
+            return None
+        slices = [Slices(p, piece.axis, piece.rows, piece.layer, piece.dimension)
+                  for p, piece in zip(own, self.pieces, strict=True)]  # fmt: skip
+        return Table(slices, None if bool(self.own.all()) else self.own)
 
     @staticmethod
     def _rows(tensors: Mapping[str, Tensor], piece: Piece) -> Tensor:
@@ -87,6 +98,8 @@ class Doomed:
         """
         if not self.pieces:
             return torch.zeros(0)
+        if tensors is None and self.table is not None:
+            return self.table.gather()
         found = self.parameters if tensors is None else tensors
         flat = torch.cat([self._rows(found, piece).reshape(-1).float() for piece in self.pieces])
         return flat * self.own
@@ -120,9 +133,12 @@ class Doomed:
         residual = sign * (torch.round(c / d) - c / d)
         return Parts(torch.where(self.quantized, sign * c, x), torch.where(self.quantized, residual, 0.0))
 
-    def products(self, before: Tensor, parts: Parts) -> Products:
+    def products(self, before: Tensor, scalars: Tensor) -> Products:
         """Return the inner products with the gradient, after the optimizer's step.
 
+        Args:
+            before: the coordinates before it, gathered.
+            scalars: of all quantizers before it, `[L, 3]`.
         Raises:
             SpecError: a parameter has no gradient any more.
         """
@@ -132,19 +148,34 @@ class Doomed:
                 f"Qasso: {missing} has no gradient at the optimizer's step. Zero gradients after the step, not before "
                 "it, and do not step within backward."
             )
-        g = self.gather({name: p.grad for name, p in self.parameters.items() if p.grad is not None})
-        moved = before - self.gather()
-        columns = torch.stack([g * moved, g * parts.clipped, g * parts.residual, parts.clipped.abs(), self.own], 1)
-        a, beta, e, size, count = torch.segment_reduce(columns, "sum", lengths=self.counts, axis=0, unsafe=True).unbind(
-            1
-        )
-        zeros = torch.zeros(self.dimensions, device=g.device)
-        a, beta, size, count = (zeros.index_add(0, self.dimension, x) for x in (a, beta, size, count))
-        residual = torch.zeros(len(self.pairs.layer) + 1, device=g.device).index_add_(0, self.pair, e)
+        gradients = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
+        if self.table is not None:
+            sums = self.table.products([gradients[piece.name] for piece in self.pieces], before, scalars)
+        else:
+            sums = self._sums(self.gather(gradients), before, self.parts(before, scalars))
+        found = sums.new_zeros(self.dimensions, 5).index_add_(0, self.dimension, sums)
+        a, beta, _, size, count = found.unbind(1)
+        residual = sums.new_zeros(len(self.pairs.layer) + 1).index_add_(0, self.pair, sums[:, 2])
         return Products(a, beta, size / count.clamp_min(1), residual[:-1])
 
-    def decay_(self, parts: Parts, chosen: Rates) -> None:
-        """x <- x - gamma x^Q."""
+    def _sums(self, g: Tensor, before: Tensor, parts: Parts) -> Tensor:
+        """Return the sums of g (before - now), g sgn c, g sgn R, |c| and 1 over every piece, `[P, 5]`."""
+        moved = before - self.gather()
+        columns = torch.stack([g * moved, g * parts.clipped, g * parts.residual, parts.clipped.abs(), self.own], 1)
+        return torch.segment_reduce(columns, "sum", lengths=self.counts, axis=0, unsafe=True)
+
+    def decay_(self, before: Tensor, scalars: Tensor, chosen: Rates) -> None:
+        """x <- x - gamma x^Q.
+
+        Args:
+            before: as for `products`.
+            scalars: as for `products`.
+            chosen: rates and steps.
+        """
+        if self.table is not None:
+            self.table.decay_(before, scalars, chosen.step, chosen.forgetting)
+            return
+        parts = self.parts(before, scalars)
         d = self._each(chosen.step[self.layer.clamp_min(0)].nan_to_num(0.0))
         gamma = self._each(chosen.forgetting[self.dimension])
         away = (-gamma * (parts.clipped + d * parts.residual)).split(self.lengths)

@@ -13,6 +13,7 @@ from lowbits.errors import CheckpointError, SpecError
 from lowbits.methods.geta._doomed import Doomed
 from lowbits.methods.geta._forgetting import rates, uniform_rate
 from lowbits.methods.geta._graph import Graph
+from lowbits.methods.geta._launch import Slices, Table
 from lowbits.methods.geta._layers import quantizers, weight_quantizers
 from lowbits.methods.geta._quantizer import EXPONENTS, HIDING, SMALLEST_RANGE, Quantizer, bits_of, step_of
 from lowbits.methods.geta._saliency import check_reachable, lowest, saliency, unit_sums
@@ -100,7 +101,8 @@ class Qasso:
         self.progress = progress
         self._scalar_gradients: Tensor | None = None
         self._doomed: Doomed | None = None
-        self._frozen: list[tuple[nn.Parameter, int, Tensor]] | None = None
+        self._frozen: list[Slices] | None = None
+        self._cleared: Table | None = None
         self._before: Any = None
         self._remembered = False
         self._at = 0
@@ -221,8 +223,12 @@ class Qasso:
         """Hold pruned slices at zero."""
         if self._frozen is None:
             self._frozen = _rows(self.graph, self.parameters, self.progress.pruned.cpu())
-        for parameter, axis, rows in self._frozen:
-            parameter.index_fill_(axis, rows, 0.0)
+            self._cleared = Table(self._frozen) if Table.takes(s.parameter for s in self._frozen) else None
+        if self._cleared is not None:
+            self._cleared.clear_()
+            return
+        for slices in self._frozen:
+            slices.parameter.index_fill_(slices.axis, slices.rows, 0.0)
 
     def doomed_rows(self) -> Doomed:
         """Return the coordinates of the units that this period forgets."""
@@ -258,10 +264,9 @@ class Qasso:
         limit, exponent = new[:, 1], new[:, 2]
         finest = step_of(self.target.highest, limit, exponent)
         coarsest = step_of(self.target.lowest, limit, exponent)
-        parts = rows.parts(self._before, old)
-        found = rows.products(self._before, parts)
+        found = rows.products(self._before, old)
         chosen = rates(found, rows.pairs, finest, coarsest, uniform_rate(moment.index, moment.length))
-        rows.decay_(parts, chosen)
+        rows.decay_(self._before, old, chosen)
         self.progress.chosen += rows.dimensions
         self.progress.climbed += ((chosen.slope >= 0) & (found.descent > 0)).sum()
         return torch.cat([torch.where(chosen.step.isnan(), new[:, 0], chosen.step)[:, None], new[:, 1:]], 1)
@@ -318,9 +323,7 @@ def _zeroed(graph: Graph, model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in found.items() if name in wanted}
 
 
-def _rows(
-    graph: Graph, parameters: Mapping[str, nn.Parameter], units: Tensor
-) -> list[tuple[nn.Parameter, int, Tensor]]:
+def _rows(graph: Graph, parameters: Mapping[str, nn.Parameter], units: Tensor) -> list[Slices]:
     """Return the slices of some units, parameter by parameter and axis by axis."""
     masks: dict[tuple[str, int], Tensor] = {}
     for dimension, part in zip(graph.dimensions, units.split([d.size for d in graph.dimensions]), strict=True):
@@ -331,6 +334,6 @@ def _rows(
                 hit = padded[member.index]
                 masks[key] = masks[key] | hit if key in masks else hit
     return [
-        (parameters[name], axis, mask.nonzero().squeeze(1).to(parameters[name].device))
+        Slices(parameters[name], axis, mask.nonzero().squeeze(1).to(parameters[name].device))
         for (name, axis), mask in masks.items()
     ]
