@@ -22,7 +22,7 @@ from lowbits.methods._teacher import Teacher, load_teacher
 from lowbits.methods._teacher_cache import CacheSettings, TeacherCache, content_keys
 from lowbits.methods._weight_views import coded_model, viewed
 from lowbits.nn import Recipe, quantized_layers
-from lowbits.quantizers import PerBlock, PerGroup, PerRow, PerTensor, Rounding
+from lowbits.quantizers import PerBlock, PerGroup, PerRow, PerTensor
 
 SELF, NONE, CACHED = "self", "none", "cached"
 _SOURCE = "_distillation_source"
@@ -67,17 +67,14 @@ class Ends(Enum):
     KEPT = "kept"
 
 
-def levels_of(model: nn.Module, count: int, buckets: Buckets, rounding: Rounding, ends: Ends) -> Levels | Choose:
+def levels_of(model: nn.Module, levels: Levels, ends: Ends) -> Levels | Choose:
     """Return what `quantize_weights_` takes: all weights, or all but embeddings and head.
 
     Args:
         model: a causal language model of transformers.
-        count: levels.
-        buckets: which elements share a range.
-        rounding: to the levels.
+        levels: of every weight.
         ends: whether embeddings and head are quantized.
     """
-    levels = Levels(count, buckets, rounding)
     if ends is Ends.QUANTIZED:
         return levels
     get = getattr(model, "get_output_embeddings", None)

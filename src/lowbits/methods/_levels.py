@@ -71,7 +71,11 @@ class Levels:
             bits: 1 to 16.
             buckets: as in the class.
             rounding: as in the class.
+        Raises:
+            SpecError: more bits, or none.
         """
+        if not 1 <= bits <= 16:
+            raise SpecError(f"levels of {bits} bits: 1 to 16 are possible; 32 leaves the weights of a run as they are.")
         return Levels(1 << bits, buckets, rounding)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Mapping
 from dataclasses import fields
 from enum import Enum
 from pathlib import Path
@@ -35,11 +36,23 @@ def named(words: str) -> Method:
         RunError: a value is none of its field's, or the module has no method that can be meant.
     """
     name, *settings = words.split(",")
+    return of_fields(name, {field: text for field, _, text in (setting.partition("=") for setting in settings)})
+
+
+def of_fields(name: str, settings: Mapping[str, str]) -> Method:
+    """Return the method of a name with some of its fields, as a run's config.json has them.
+
+    Args:
+        name: a module of `lowbits.methods`, or `none`.
+        settings: field -> its value as text.
+    Raises:
+        UnknownNameError: no method, or no field of it, has this name.
+        RunError: a value is none of its field's.
+    """
     kind = Method if name == NONE else _kind(name)
     hints = get_type_hints(kind)
     values: dict[str, Any] = {}
-    for setting in settings:
-        field, _, text = setting.partition("=")
+    for field, text in settings.items():
         if field not in (f.name for f in fields(kind)):
             raise UnknownNameError(f"field of {name}", field, [f.name for f in fields(kind)])
         values[field] = _value(f"{name}: {field}", text, hints[field])

@@ -18,14 +18,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lowbits import models
 from lowbits.data import TokenData
-from lowbits.errors import ConversionError, SpecError
-from lowbits.export import Buckets, PointTensor, between, bucketed, even_points, flattened, gradient_bucketed
+from lowbits.errors import CheckpointError, ConversionError, SpecError
+from lowbits.export import (
+    Buckets,
+    CodedModel,
+    PointTensor,
+    between,
+    bucketed,
+    even_points,
+    flattened,
+    gradient_bucketed,
+)
 from lowbits.methods._contract import Method, Table
 from lowbits.methods._distillation_loss import Mixing
 from lowbits.methods._distilled_runs import (
@@ -42,7 +53,7 @@ from lowbits.methods._distilled_runs import (
 from lowbits.methods._levels import PUBLISHED_BUCKETS, Levels, ranges, scaled, working
 from lowbits.methods._point_counts import gradient_norms, redistribute
 from lowbits.methods._quantized_weights import Choose
-from lowbits.methods._weight_views import Place, View, install_, is_conv1d, viewed
+from lowbits.methods._weight_views import Place, View, coded_model, install_, is_conv1d, viewed
 from lowbits.optim import param_groups
 from lowbits.quantizers import Rounding
 
@@ -319,16 +330,36 @@ class DifferentiableQuantization(Method):
 
     def prepare_(self, model: nn.Module, seed: int) -> None:
         """Attach the teacher, put points before the weights, and freeze what is not trained."""
-        mixing = Mixing(self.weight, self.temperature)
-        attach_source_(model, self.teacher, self.cache, self.classes, mixing.temperature)
-        levels = Levels.of_bits(self.bits, self.cut.buckets(self.size))
-        chosen = levels_of(model, levels.count, levels.buckets, levels.rounding, self.ends)
+        chosen = levels_of(model, Levels.of_bits(self.bits, self.cut.buckets(self.size)), self.ends)
+        attach_source_(model, self.teacher, self.cache, self.classes, Mixing(self.weight, self.temperature).temperature)
         learn_points_(model, chosen, start=self.start)
         if self.share_out:
             learn_points_(model, chosen, start=self.start, counts=self._counts(model, seed))
         model.requires_grad_(self.trained is Trained.ALL)
         for points in point_parameters(model).values():
             points.requires_grad_()
+
+    def deployed(self, folder: Path) -> CodedModel:
+        """Return a checkpoint's weights as `lowbits.export.save_coded` writes them.
+
+        Args:
+            folder: a checkpoint of a run of this very method.
+        Raises:
+            CheckpointError: it holds no points.
+        """
+        from safetensors.torch import load_file
+
+        model, state = models.build(str(folder), 0, 1, 0), load_file(folder / "model.safetensors")
+        end = "_view.points"
+        counts = {key.removesuffix(end): len(tensor) for key, tensor in state.items() if key.endswith(end)}
+        if not counts:
+            raise CheckpointError(f"{folder} holds no learned points; it is of another run.")
+        chosen = levels_of(model, Levels.of_bits(self.bits, self.cut.buckets(self.size)), self.ends)
+        learn_points_(model, chosen, start=Start.EVEN, counts=counts)
+        with torch.no_grad():
+            for name, points in point_parameters(model).items():
+                points.copy_(state[name + end])
+        return coded_model(model)
 
     def _counts(self, model: nn.Module, seed: int) -> dict[str, int]:
         """As many points as the gradients say; of three digits, so that no rounding on the way moves a point."""

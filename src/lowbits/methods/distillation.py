@@ -10,15 +10,18 @@ the optimizer moves a master copy in full precision. The parts are plain functio
     ...
     save_coded("student.safetensors", coded_model(student))        # of lowbits.export
 
-`lowbits train --method distillation` does it for causal language models.
+`lowbits train --method distillation` does it for causal language models, `lowbits export` writes their file.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import Tensor, nn
 
+from lowbits import models
+from lowbits.export import CodedModel
 from lowbits.methods._contract import Method, Position, Table
 from lowbits.methods._distillation_loss import KlMean, Mixing, TopK, distillation_loss
 from lowbits.methods._distilled_runs import (
@@ -34,7 +37,7 @@ from lowbits.methods._distilled_runs import (
 )
 from lowbits.methods._first_and_last import FirstAndLast, first_and_last
 from lowbits.methods._levels import Backward, Levels, encode, round_to_levels
-from lowbits.methods._quantized_weights import LevelView, quantize_weights_
+from lowbits.methods._quantized_weights import Choose, LevelView, quantize_weights_
 from lowbits.methods._teacher import Teacher, free_memory, load_teacher
 from lowbits.methods._teacher_cache import CacheSettings, Stored, TeacherCache, content_keys
 from lowbits.methods._weight_views import coded_model, master_weights, remove_views_, set_draw_, settle_, viewed
@@ -107,13 +110,28 @@ class QuantizedDistillation(Method):
 
     def prepare_(self, model: nn.Module, seed: int) -> None:
         """Attach the teacher, then let the layers see their weights quantized."""
-        mixing = Mixing(self.weight, self.temperature)
-        attach_source_(model, self.teacher, self.cache, self.classes, mixing.temperature)
+        levels = self._levels(model)
+        attach_source_(model, self.teacher, self.cache, self.classes, Mixing(self.weight, self.temperature).temperature)
+        if levels is not None:
+            quantize_weights_(model, levels, backward=self.backward, seed=seed)
+
+    def deployed(self, folder: Path) -> CodedModel:
+        """Return a checkpoint's weights as `lowbits.export.save_coded` writes them.
+
+        Args:
+            folder: a checkpoint of a run of this very method.
+        Raises:
+            ConversionError: its weights were not quantized.
+        """
+        model = models.build(str(folder), 0, 1, 0)
+        if (levels := self._levels(model)) is not None:
+            quantize_weights_(model, levels, backward=self.backward)
+        return coded_model(model)
+
+    def _levels(self, model: nn.Module) -> Levels | Choose | None:
         if self.bits == UNQUANTIZED:
-            return
-        levels = Levels.of_bits(self.bits, self.cut.buckets(self.size), self.rounding)
-        chosen = levels_of(model, levels.count, levels.buckets, levels.rounding, self.ends)
-        quantize_weights_(model, chosen, backward=self.backward, seed=seed)
+            return None
+        return levels_of(model, Levels.of_bits(self.bits, self.cut.buckets(self.size), self.rounding), self.ends)
 
     def before_forward_(self, model: nn.Module, at: Position) -> None:
         """Set the counter of the random bits."""
