@@ -112,6 +112,11 @@ def rows_and_codes() -> None:
             made = a or b
     assert made is not None
     scaled_mm(made, made, torch.bfloat16)
+    recipe = named("fp8_block")
+    for lhs, rhs in (recipe.fprop, recipe.wgrad):
+        (a, _), (b, _) = quantize_both(x, lhs, None, None, None), quantize_both(x, rhs, None, None, None)
+        assert a is not None and b is not None
+        scaled_mm(a, b, torch.bfloat16)
     large = Coded(torch.zeros(128 * 132, 256, dtype=torch.int8), torch.ones(1, 1), made.spec, 256)
     scaled_mm(large, large, torch.bfloat16)
 

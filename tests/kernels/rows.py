@@ -16,6 +16,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
+import lowbits.kernels.blocks
 import lowbits.kernels.gemm
 import lowbits.kernels.rows  # noqa: F401  the interpreter's kernels are used where they are loaded
 from lowbits.formats import E4M3, E5M2, INT4, INT8, TERNARY
@@ -85,9 +86,30 @@ def products() -> None:
             print(f"product {m}x{n}x{k}, scales of rows {row} and columns {column}: differ")
 
 
+def products_of_blocks() -> None:
+    """FP8 codes with a scale for 128 elements of the contraction, beside float64."""
+    recipe = named("fp8_block")
+    for m, n, k in [(40, 48, 256), (130, 160, 272)] + ([(1000, 3000, 4096), (512, 512, 16384)] if FULL else []):
+        x, w = matrix(m, k, False, torch.bfloat16, None), matrix(n, k, True, torch.bfloat16, None)
+        for lhs, rhs in (recipe.fprop, recipe.wgrad):
+            (a, _), (b, _) = quantize_both(x, lhs, None, None, None), quantize_both(w, rhs, None, None, None)
+            assert a is not None and b is not None and lhs is not None and rhs is not None
+            for made, right in ((a, Coded.of(quantize(x, lhs))), (b, Coded.of(quantize(w, rhs)))):
+                if not torch.equal(made.codes.view(torch.uint8), right.codes.view(torch.uint8)):
+                    print(f"codes of blocks {m}x{n}x{k}: differ")
+                if not torch.equal(made.scale, right.scale) or not torch.equal(made.dequantize(), right.dequantize()):
+                    print(f"scales of blocks {m}x{n}x{k}: differ")
+            numbers = [q.dequantize().double() for q in (a, b)]
+            exact, magnitude = numbers[0] @ numbers[1].t(), numbers[0].abs() @ numbers[1].abs().t()
+            # Units of Hopper sum 128 products with 14 bits or more, float32 sums the blocks.
+            bound = (128 * 2.0**-13 if FULL else 128 * 2.0**-24) + (k // 128 + 3) * 2.0**-24
+            if ((scaled_mm(a, b, torch.float32) - exact).abs() > bound * magnitude).any():
+                print(f"product of blocks {m}x{n}x{k}: differ")
+
+
 def layers() -> None:
     """A layer that runs the kernels, and one that makes its codes by the definition: output and gradients."""
-    for name in ("int8_rowwise", "fp8_rowwise", "fp8_tensorwise") if FULL else ("int8_rowwise",):
+    for name in ("int8_rowwise", "fp8_rowwise", "fp8_tensorwise", "fp8_block") if FULL else ("int8_rowwise",):
         results = []
         for fast in (True, False):
             torch.manual_seed(0)
@@ -142,6 +164,7 @@ def main() -> None:
         if found := differing(x, *pair):
             print(f"{pair}: differ {found}")
     products()
+    products_of_blocks()
     layers()
     operators()
     print(f"{cases} cases")

@@ -187,6 +187,8 @@ def _quantized(
     x: Tensor, noise: Tensor, role: int, length: int, plan: _Plan, dtype: torch.dtype, *, codes: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Through torch's dispatcher where a compiler has to see an operator; it costs as much as the launches."""
+    if plan.rounding == "NEAREST":  # nothing reads the noise: layers that share an input share the result when compiled
+        noise, role = x, 0
     if torch.compiler.is_compiling():
         return torch.ops.lowbits.quantize_blocks(x, noise, role, length, _as_text(plan), dtype, codes)
     return _launch_quantize(x, noise, role, length, plan, dtype, codes)

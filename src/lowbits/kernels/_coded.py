@@ -10,9 +10,21 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lowbits.formats import E4M3, E5M2, Format, IntFormat
-from lowbits.quantizers import AbsMean, Amax, PerRow, PerTensor, PowerOfTwo, QTensor, QuantSpec, ReciprocalAmax
+from lowbits.quantizers import (
+    AbsMean,
+    Amax,
+    PerGroup,
+    PerRow,
+    PerTensor,
+    PerTile,
+    PowerOfTwo,
+    QTensor,
+    QuantSpec,
+    ReciprocalAmax,
+)
 
 FLOAT8: dict[Format, torch.dtype] = {E4M3: torch.float8_e4m3fn, E5M2: torch.float8_e5m2}
+_BLOCK = 128  # elements a scale
 ALIGNED = 16  # bytes: what tensor cores take the contraction in
 
 
@@ -22,7 +34,8 @@ class Coded:
 
     Args:
         codes: [R, K], K filled up with zeros to a multiple of 16: int8 or an FP8, contiguous.
-        scale: float32 [R, 1], or [1, 1] for one of the whole tensor.
+        scale: float32 [R, 1], or [1, 1] for one of the whole tensor; [R, K / 128] for groups of 128 along K, and
+            [R / 128, K / 128] for tiles, both rounded up.
         spec: how it was made.
         length: K without what fills it up.
     """
@@ -43,13 +56,44 @@ class Coded:
         integers = isinstance(q.spec.format, IntFormat)
         # NaN in a tensor of integers sits in its scale.
         codes = filled.nan_to_num().to(torch.int8) if integers else filled.to(FLOAT8[q.spec.format])
-        return cls(codes.contiguous(), q.scale.contiguous(), q.spec, q.length)
+        return cls(codes.contiguous(), as_matrix(q.scale, q.spec).contiguous(), q.spec, q.length)
 
     def dequantize(self) -> Tensor:
         """Return the approximation of x, float32, in x's own basis and shape; the definition's numbers."""
-        values = self.codes[:, : self.spec.padded((self.length,))[0]].float() * self.scale
+        values = self.codes[:, : self.spec.padded((self.length,))[0]].float()
+        if isinstance(self.spec.granularity, PerGroup | PerTile):
+            spread = self.scale.repeat_interleave(_BLOCK, 1)[:, : values.shape[1]]
+            if isinstance(self.spec.granularity, PerTile):
+                spread = spread.repeat_interleave(_BLOCK, 0)[: values.shape[0]]
+            values = values * spread
+        else:
+            values = values * self.scale
         transform = self.spec.transform
         return values if transform is None else transform.inverse(values)[:, : self.length]
+
+
+def as_matrix(scale: Tensor, spec: QuantSpec) -> Tensor:
+    """Return the scales of a matrix, which have the rank of the granularity's view, as those of `Coded`.
+
+    Args:
+        scale: of a `QTensor` or `PackedTensor`.
+        spec: its.
+    """
+    match spec.granularity:
+        case PerGroup():
+            return scale[..., 0]
+        case PerTile():
+            return scale[:, 0, :, 0]
+    return scale
+
+
+def of_blocks(spec: QuantSpec) -> bool:
+    """Return whether scales change every 128 elements along the contraction, as FP8 units with block scales have it.
+
+    Args:
+        spec: of an operand.
+    """
+    return spec.granularity in (PerGroup(_BLOCK), PerTile(_BLOCK, _BLOCK))
 
 
 def why_not_coded(spec: QuantSpec | None) -> str | None:
@@ -60,7 +104,8 @@ def why_not_coded(spec: QuantSpec | None) -> str | None:
     """
     if spec is None:
         return "an operand is in high precision"
-    if not isinstance(spec.granularity, PerTensor | PerRow):
+    blocks = of_blocks(spec) and spec.format in FLOAT8
+    if not isinstance(spec.granularity, PerTensor | PerRow) and not blocks:
         return f"the scales of `{spec}` vary along the contraction"
     if spec.scale.stored is not None:
         return f"the scales of `{spec}` are themselves in 8 bits, which needs units for block scales"
@@ -69,6 +114,10 @@ def why_not_coded(spec: QuantSpec | None) -> str | None:
     if isinstance(spec.format, IntFormat) and spec.format.max > 127:
         return f"`{spec}` does not fit signed 8-bit operands"
     return None
+
+
+def _kind(spec: QuantSpec) -> str:
+    return type(spec.granularity).__name__.removeprefix("Per").lower()
 
 
 def illegal_on_hardware(lhs: QuantSpec | None, rhs: QuantSpec | None) -> str | None:
@@ -83,6 +132,8 @@ def illegal_on_hardware(lhs: QuantSpec | None, rhs: QuantSpec | None) -> str | N
         return reason
     if lhs.transform != rhs.transform:
         return "the operands are rotated differently"
+    if of_blocks(lhs) != of_blocks(rhs) or isinstance(lhs.granularity, PerTile):
+        return f"there is no unit for {_kind(lhs)} x {_kind(rhs)} scales"
     integers = [isinstance(spec.format, IntFormat) for spec in (lhs, rhs)]
     if all(integers) or all(spec.format in FLOAT8 for spec in (lhs, rhs)):
         return None

@@ -11,10 +11,12 @@ Shapes: M rows of the left operand, N rows of the right one, K the contraction. 
 
         y[m, n] = scale_lhs[m] scale_rhs[n] sum_k lhs[m, k] rhs[n, k],
 
-  which needs scales that are constant along the contraction: `PerTensor` or `PerRow`, and no zero point.
+  which needs scales that are constant along the contraction: `PerTensor` or `PerRow`, and no zero point. FP8 codes may
+  have a scale for every 128 elements of it instead, which are applied to the sums of 128 products.
 
 Which implementation runs natively: int8 codes are summed exactly in int32, by Triton on CUDA and by oneDNN on a CPU,
-so both give the same numbers. FP8 goes through torch's `_scaled_mm` (cuBLAS and CUTLASS).
+so both give the same numbers. FP8 goes through torch's `_scaled_mm` (cuBLAS and CUTLASS), with block scales through
+Triton.
 """
 
 from __future__ import annotations
@@ -28,8 +30,8 @@ from torch.nn.functional import pad
 from lowbits.errors import NativeError
 from lowbits.formats import IntFormat
 from lowbits.kernels._blocks import Decoded
-from lowbits.kernels._coded import Coded
-from lowbits.kernels._matmul import matmul_codes
+from lowbits.kernels._coded import Coded, of_blocks
+from lowbits.kernels._matmul import matmul_blocks, matmul_codes
 from lowbits.quantizers import QTensor
 
 _INT32_TERMS = (2**31 - 1) // 128**2  # longest sum of int8 products that cannot overflow int32
@@ -102,6 +104,8 @@ def _native(lhs: Coded, rhs: Coded, dtype: torch.dtype) -> Tensor:
                 f"int8 sums of {terms} products can overflow int32; {_INT32_TERMS} is the longest. Simulate."
             )
         return matmul_codes(lhs.codes, rhs.codes, lhs.scale, rhs.scale, dtype)
+    if of_blocks(lhs.spec):
+        return matmul_blocks(lhs.codes, rhs.codes, lhs.scale, rhs.scale, dtype)
     n = rhs.codes.shape[0]
     codes, scale_a, scale_b = pad(rhs.codes.view(torch.uint8), (0, 0, 0, -n % 16)), lhs.scale, rhs.scale
     if scale_a.numel() != 1 or scale_b.numel() != 1:  # one each, or one of the whole tensor on both sides

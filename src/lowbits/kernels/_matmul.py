@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Multiply integer codes and scale the sums: `lowbits.kernels.gemm` on a GPU, oneDNN's integer GEMM on a CPU."""
+"""Multiply codes and scale the sums: `lowbits.kernels.gemm` on a GPU; integers by oneDNN on a CPU."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ class _Tile(NamedTuple):
 
 
 _LARGE, _SMALL, _INTERPRETED = _Tile(128, 256, 128, 8, 4), _Tile(128, 128, 128, 8, 4), _Tile(32, 32, 32, 4, 1)
+_BLOCKS = _Tile(128, 128, 128, 8, 4)  # a tile of scales of b is as wide
 _GROUP = 8  # rows of tiles that are walked together
 
 
@@ -42,6 +43,20 @@ def matmul_codes(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: 
         return (sums.float() * scale_a * scale_b.t()).to(dtype)
     # Through torch's dispatcher where a compiler has to see an operator; it costs as much as the launch.
     run = torch.ops.lowbits.matmul_codes if torch.compiler.is_compiling() else _launch
+    return run(a, b, scale_a, scale_b, dtype)
+
+
+def matmul_blocks(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return sum_c scale_a[m, c] scale_b[n, c] sum_{k in c} a[m, k] b[n, k] with 128 elements k in a block c.
+
+    Args:
+        a: FP8 [M, K], contiguous, K a multiple of 16.
+        b: FP8 [N, K], likewise.
+        scale_a: float32 [M, K / 128], rounded up.
+        scale_b: float32 [N, K / 128] or [N / 128, K / 128], likewise; of one row for a small b, read as tiles.
+        dtype: of the result [M, N].
+    """
+    run = torch.ops.lowbits.matmul_blocks if torch.compiler.is_compiling() else _launch_blocks
     return run(a, b, scale_a, scale_b, dtype)
 
 
@@ -68,11 +83,37 @@ def _tile(m: int, n: int, programs: int) -> _Tile:
     return _LARGE if tiles >= programs else _SMALL
 
 
+def _launch_blocks(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: torch.dtype) -> Tensor:
+    k = kernels("gemm")
+    assert k is not None
+    (m, terms), n = a.shape, b.shape[0]
+    out = a.new_empty(m, n, dtype=dtype)
+    programs = 4 if k.INTERPRETED else multiprocessors(a.device)
+    tile = _Tile(32, 128, 128, 4, 1) if k.INTERPRETED else _BLOCKS
+    with on_device(a.device):
+        k.blocks[(programs,)](
+            k.descriptor(a, tile.rows, tile.terms), k.descriptor(b, tile.columns, tile.terms), out, scale_a, scale_b,
+            m, n, terms, TILES=scale_b.shape[0] != n or n == 1, BM=tile.rows, BN=tile.columns, GROUP=_GROUP,
+            PROGRAMS=programs, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+    return out
+
+
 @torch.library.custom_op("lowbits::matmul_codes", mutates_args=())
 def _matmul_codes(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: torch.dtype) -> Tensor:
     return _launch(a, b, scale_a, scale_b, dtype)
 
 
 @_matmul_codes.register_fake
+def _(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: torch.dtype) -> Tensor:
+    return a.new_empty(a.shape[0], b.shape[0], dtype=dtype)
+
+
+@torch.library.custom_op("lowbits::matmul_blocks", mutates_args=())
+def _matmul_blocks(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: torch.dtype) -> Tensor:
+    return _launch_blocks(a, b, scale_a, scale_b, dtype)
+
+
+@_matmul_blocks.register_fake
 def _(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: torch.dtype) -> Tensor:
     return a.new_empty(a.shape[0], b.shape[0], dtype=dtype)

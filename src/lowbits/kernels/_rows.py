@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from lowbits.formats import FloatFormat, Format, IntFormat
-from lowbits.kernels._coded import ALIGNED, FLOAT8, Coded, why_not_coded
+from lowbits.kernels._blocks import pack_operand
+from lowbits.kernels._coded import ALIGNED, FLOAT8, Coded, as_matrix, of_blocks, why_not_coded
 from lowbits.kernels._units import kernels, launches, on_device
 from lowbits.quantizers import Amax, PerTensor, PowerOfTwo, QuantSpec, ReciprocalAmax, Rounding, quantize
 
-_TILE = 128, 128  # rows and columns that a program works on
+_TILE = 64, 128  # rows and columns that a program works on: the fewest instructions an element
 _RULES = {Amax: "AMAX", PowerOfTwo: "POWER_OF_TWO", ReciprocalAmax: "RECIPROCAL"}
 
 
@@ -31,7 +32,6 @@ class _Axis(NamedTuple):
     """What the kernels are compiled for, along one of the axes."""
 
     of: str
-    low: float
     high: float
     mantissa: int
     lowest: int
@@ -41,7 +41,7 @@ class _Axis(NamedTuple):
     dtype: str
 
 
-_NOTHING = _Axis("NONE", 0.0, 0.0, 0, 0, 0.0, 0.0, "AMAX", "uint8")
+_NOTHING = _Axis("NONE", 0.0, 0, 0, 0.0, 0.0, "AMAX", "uint8")
 
 
 @torch.compiler.assume_constant_result
@@ -74,7 +74,7 @@ def _axis(spec: QuantSpec | None) -> _Axis | None:
         top = _float32(fmt.max / spec.scale.floor)
     of = "TENSOR" if isinstance(spec.granularity, PerTensor) else "ROW"
     mantissa, lowest = (fmt.mantissa_bits, fmt.min_normal_exponent) if isinstance(fmt, FloatFormat) else (0, 0)
-    return _Axis(of, fmt.min, fmt.max, mantissa, lowest, floor, top, rule, str(_dtype(fmt)).removeprefix("torch."))
+    return _Axis(of, fmt.max, mantissa, lowest, floor, top, rule, str(_dtype(fmt)).removeprefix("torch."))
 
 
 def _dtype(fmt: Format) -> torch.dtype:
@@ -103,6 +103,9 @@ def quantize_both(
     Returns:
         codes [R, K] and codes [K, R], or None where nothing was asked for.
     """
+    if any(spec is not None and of_blocks(spec) for spec in (along_k, along_r)):
+        first = None if along_k is None else _of_blocks(x, along_k, noise_k)
+        return first, None if along_r is None else _of_blocks(x.t(), along_r, noise_r)
     plan = _plan_text(along_k, along_r, x.device)
     if plan is None or x.numel() == 0 or x.dtype not in (torch.bfloat16, torch.float32):
         first = None if along_k is None else Coded.of(quantize(x, along_k, noise_k))
@@ -112,6 +115,16 @@ def quantize_both(
     codes_k, scale_k, codes_r, scale_r = run(x, plan)
     first = None if along_k is None else Coded(codes_k, scale_k, along_k, x.shape[1])
     return first, None if along_r is None else Coded(codes_r, scale_r, along_r, x.shape[0])
+
+
+def _of_blocks(x: Tensor, spec: QuantSpec, noise: Tensor | None) -> Coded:
+    """Scales of blocks are known as soon as a block is read: each copy takes one launch."""
+    packed = None
+    if noise is None and x.shape[1] % ALIGNED == 0:
+        packed = pack_operand(x, spec, x, 0)
+    if packed is None:
+        return Coded.of(quantize(x, spec, noise))
+    return Coded(packed.codes.view(_dtype(spec.format)).view(x.shape), as_matrix(packed.scale, spec), spec, x.shape[1])
 
 
 def _results(x: Tensor, along_k: _Axis, along_r: _Axis) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -133,7 +146,7 @@ def _launch(x: Tensor, plan_text: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         (scale_k.numel(), scale_r.numel())
     )
     br, bk = _TILE
-    constants: dict[str, Any] = {"BR": br, "BK": bk, "num_warps": 8, "enable_fp_fusion": False}
+    constants: dict[str, Any] = {"BR": br, "BK": bk, "num_warps": 4, "enable_fp_fusion": False}
     kinds = {"OF_K": getattr(k, along_k.of), "OF_R": getattr(k, along_r.of)}
     # Each copy is filled up with zeros along what a GEMM contracts.
     padded_k = codes_k.shape[1] if along_k.of != "NONE" else columns
@@ -152,7 +165,7 @@ def _launch(x: Tensor, plan_text: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 @cache
 def _constants(name: str, axis: _Axis) -> dict[str, Any]:
     values = {
-        "LOW": axis.low, "HIGH": axis.high, "M": axis.mantissa, "LOWEST": axis.lowest, "FLOOR": axis.floor,
+        "HIGH": axis.high, "M": axis.mantissa, "LOWEST": axis.lowest, "FLOOR": axis.floor,
         "TOP": axis.top, "RULE": getattr(kernels("rows"), axis.rule),
     }  # fmt: skip
     return {f"{key}_{name}": value for key, value in values.items()}

@@ -13,6 +13,7 @@ from types import ModuleType
 import torch
 
 from lowbits.formats import IntFormat
+from lowbits.kernels._coded import of_blocks
 from lowbits.quantizers import QuantSpec
 
 
@@ -69,6 +70,8 @@ def missing_unit(spec: QuantSpec, device: torch.device) -> str | None:
         spec: of an operand that is legal on hardware.
         device: any.
     """
+    if of_blocks(spec) and not launches("gemm", device):
+        return f"{device} has no FP8 GEMM with block scales: it is Triton's"
     return _missing("int8" if isinstance(spec.format, IntFormat) else "FP8", device)
 
 

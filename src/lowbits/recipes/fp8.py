@@ -37,7 +37,11 @@ RECIPES: dict[str, Recipe] = {
     ),
     "fp8_rowwise_hp_wgrad": replace(FP8_ROWWISE, wgrad=Gemm()),
     "fp8_block": Recipe(
-        fprop=Gemm(_BLOCK, _TILE), dgrad=Gemm(_BLOCK, _TILE), wgrad=Gemm(_BLOCK, _BLOCK), save=Save.OPERANDS
+        fprop=Gemm(_BLOCK, _TILE),
+        dgrad=Gemm(_BLOCK, _TILE),
+        wgrad=Gemm(_BLOCK, _BLOCK),
+        save=Save.OPERANDS,
+        execution=Execution.AUTO,
     ),
     "fp8_tensorwise_native": replace(FP8_TENSORWISE, execution=Execution.NATIVE),
     "fp8_rowwise_native": replace(FP8_ROWWISE, execution=Execution.NATIVE),
