@@ -11,7 +11,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 PLACES = {
-    "cpu": "CPU", "gpu": "H200", "memory": "memory, H200", "pretrain": "30B and more, H200",
+    "cpu": "CPU", "gpu": "H200", "gpu_speed": "H200", "memory": "memory, H200", "pretrain": "30B and more, H200",
     "update_time": "update, H200", "layer_time": "layer, H200", "ranks": "two H200",
 }  # fmt: skip
 NONE = "Not measured yet.\n"
@@ -31,7 +31,7 @@ def results(name: str) -> dict[str, Any] | None:
 
 
 def origin(found: dict[str, Any]) -> str:
-    told = found.get("measured", found["provenance"])
+    told = found["provenance"]
     return f"{told['device']}, torch {told['versions']['torch']}; file: `{found['path']}`.\n"
 
 
@@ -65,7 +65,7 @@ def cpu() -> str:
 
 
 def gpu() -> str:
-    """Every run of the 130M shape."""
+    """Every run of the 130M shape, those that searched for rates too."""
     found = results("gpu")
     if found is None:
         return NONE
@@ -78,11 +78,25 @@ def gpu() -> str:
         one = {key: mean(run[key] for run in runs) for key in runs[0] if key in runs[-1]}
         rows.append([
             f"`{name}`", lr, steps, " ".join(f"{run['val']:.3f}" for run in runs), f"{one['val_ternary']:.3f}",
-            f"{one['changed_at_peak']:.3%}", f"{one['changed_at_end']:.3%}", f"{one['tokens_per_second']:,.0f}",
-            f"{one['resident_bytes'] / 2**30:.2f} / {one['peak_bytes'] / 2**30:.2f}",
+            f"{one['changed_at_peak']:.3%}", f"{one['changed_at_end']:.3%}",
         ])  # fmt: skip
-    header = ["arm", "lr", "steps", "validation loss by seed", "with ternary weights", "changed at peak", "at the end",
-              "tokens/s", "GiB between steps / at the peak"]  # fmt: skip
+    header = ["arm", "lr", "steps", "validation loss by seed", "with ternary weights", "changed at peak", "at the end"]
+    setting = found["setting"]
+    told = f"{setting['batch']} sequences of {setting['length']} tokens a step. "
+    return f"{table(header, rows)}\n{told}{origin(found)}"
+
+
+def gpu_speed() -> str:
+    """Memory and speed of the 130M shape, an arm at a time."""
+    found = results("gpu_speed")
+    if found is None:
+        return NONE
+    rows = [
+        [f"`{name}`", f"{row['tokens_per_second']:,.0f}", f"{row['step_ms']:.1f}",
+         *(f"{row[key] / 2**20:,.0f}" for key in ("weight_bytes", "resident_bytes", "peak_bytes"))]
+        for name, row in found["ways"].items()
+    ]  # fmt: skip
+    header = ["arm", "tokens/s", "ms a step", "MiB of linear weights", "MiB between steps", "MiB at the peak"]
     return f"{table(header, rows)}\n{origin(found)}"
 
 
@@ -97,30 +111,36 @@ def memory() -> str:
         for name, row in found["ways"].items()
     ]  # fmt: skip
     header = ["weights, optimizer", "bytes a parameter at the peak of a step", "between steps"]
-    return f"{table(header, rows)}\n{origin(found)}"
+    size = max((row.get("parameters", 0) for row in found["ways"].values()), default=0) / 1e9
+    return f"{table(header, rows)}\n{size:.1f} billion parameters; {origin(found)}"
 
 
 def largest() -> str:
-    """The largest model of each way, and the run of 50 steps."""
-    found, run = results("largest"), results("pretrain")
+    """The largest model of each way, and the runs of 50 steps."""
+    found, runs = results("largest"), results("pretrain")
     text = ""
     if found is not None:
-        rows = [
-            [name, str(row["layers"]), f"{row['parameters'] / 1e9:.1f}B" if row["layers"] else "-",
-             f"{row['peak_bytes'] / 2**30:.1f}" if "peak_bytes" in row else row.get("not measured", "-")]
-            for name, row in found["ways"].items()
-        ]  # fmt: skip
+        rows = []
+        for name, row in found["ways"].items():
+            if "layers" not in row:
+                rows.append([name, "-", row.get("not measured", "-"), "-", "-"])
+                continue
+            more = "" if row["found"] else " or more"
+            rows.append([name, f"{row['layers']}{more}", f"{row['parameters'] / 1e9:.1f}B{more}",
+                         f"{row['peak_bytes'] / 2**30:.1f}", f"{row['step_seconds']:.1f}"])  # fmt: skip
+        header = ["weights, optimizer", "layers of width 8192", "parameters", "peak GiB", "s a step"]
+        tokens = found["setting"]["tokens"] - 1
+        text += f"{table(header, rows)}\nSteps of {tokens:,} tokens, blocks recomputed. {origin(found)}"
+    for name, run in (runs or {"ways": {}})["ways"].items():
+        seconds = mean(run["step_seconds"][2:] or run["step_seconds"])
+        peak, built = run["peak_bytes"] / 2**30, run["built_peak_bytes"] / 2**30
         text += (
-            f"{table(['weights, optimizer', 'layers of width 8192', 'parameters', 'peak GiB'], rows)}\n{origin(found)}"
+            f"\n**{name}**: {run['parameters']:,} parameters, {len(run['losses'])} steps of "
+            f"{run['sequences'] * run['length']:,} tokens, learning rate {run['lr']:g} of codes, {run['other_lr']:g} "
+            f"of the rest; {seconds:.1f} s a step, peak {peak:.1f} GiB; made in {run['built_in_seconds']:.0f} s, peak "
+            f"{built:.1f} GiB. Every fifth loss: {' '.join(f'{loss:.2f}' for loss in run['losses'][::5])}.\n"
         )
-    if run is not None:
-        losses = " ".join(f"{loss:.2f}" for loss in run["losses"][::5])
-        text += (
-            f"\n{run['parameters'] / 1e9:.1f}B parameters, {run['way']}, {len(run['losses'])} steps of "
-            f"{run['sequences'] * run['length']:,} tokens, learning rate {run['lr']:g}; every fifth loss: {losses}. "
-            f"{mean(run['step_seconds'][2:]):.1f} s a step, peak {run['peak_bytes'] / 2**30:.1f} GiB. {origin(run)}"
-        )
-    return text or NONE
+    return text + (f"\n{origin(runs)}" if runs is not None else "") or NONE
 
 
 def speed() -> str:
@@ -130,10 +150,12 @@ def speed() -> str:
     if update is not None:
         rows = [[name, f"{row['median_ms']:.2f}", f"{row['lowest_ms']:.2f} to {row['highest_ms']:.2f}"]
                 for name, row in update["ways"].items()]  # fmt: skip
-        text += f"{table(['update of 1B parameters', 'ms', 'lowest to highest'], rows)}\n{origin(update)}\n"
+        size = update["setting"]["parameters"] / 1e9
+        text += f"{table([f'update of {size:.2f}B parameters', 'ms', 'lowest to highest'], rows)}\n{origin(update)}\n"
     if layer is not None:
         rows = [[name, f"{row['forward_ms']:.2f}", f"{row['both_ms']:.2f}"] for name, row in layer["ways"].items()]
-        header = ["layer of 4096 x 11008, 8192 tokens", "forward, ms", "with backward, ms"]
+        told = layer["setting"]
+        header = [f"layer of {told['in']} x {told['out']}, {told['tokens']} tokens", "forward, ms", "with backward, ms"]
         text += f"{table(header, rows)}\n{origin(layer)}"
     return text or NONE
 
@@ -142,6 +164,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "dqt checks": checks,
     "dqt cpu": cpu,
     "dqt gpu": gpu,
+    "dqt gpu speed": gpu_speed,
     "dqt memory": memory,
     "dqt largest": largest,
     "dqt speed": speed,

@@ -74,7 +74,8 @@ def arguments() -> argparse.Namespace:
     pretrain.add_argument("--sequences", type=int, default=4)
     pretrain.add_argument("--length", type=int, default=512)
     pretrain.add_argument("--way", default="ternary AdamW4bit")
-    pretrain.add_argument("--lr", type=float, default=1e-4)
+    pretrain.add_argument("--lr", type=float, default=2e-5, help="peak of weights in codes")
+    pretrain.add_argument("--other-lr", type=float, default=1e-4, help="peak of all other weights")
     update = commands.add_parser("update-time")
     update.add_argument("--width", type=int, default=2048)
     update.add_argument("--layers", type=int, default=20)
@@ -150,7 +151,7 @@ def _memory(told: argparse.Namespace) -> None:
     else:
         shape = _shape(told, memory.WIDE)
         shape = shape if told.layers is None else replace(shape, layers=told.layers)
-        kept = {key: getattr(told, key) for key in ("way", "lr", "steps", "sequences", "length")}
+        kept = {key: getattr(told, key) for key in ("way", "lr", "other_lr", "steps", "sequences", "length")}
         memory.pretrain(told.data, shape, kept, told.results)
 
 

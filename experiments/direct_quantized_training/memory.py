@@ -116,7 +116,7 @@ def search(name: str, shape: Shape, tokens: int) -> dict[str, Any]:
 
 def pretrain(data: Path, shape: Shape, told: Mapping[str, Any], results: Path) -> None:
     """Full training steps on real text at the chosen size; loss and peak of every step are printed and written."""
-    tokens, way, lr = TokenData.open(data), str(told["way"]), float(told["lr"])
+    tokens, way, peaks = TokenData.open(data), str(told["way"]), {True: told["lr"], False: told["other_lr"]}
     if tokens.vocab_size > shape.vocab:
         shape = replace(shape, vocab=-(-tokens.vocab_size // 8) * 8)
     if told["steps"] < 1:
@@ -133,7 +133,7 @@ def pretrain(data: Path, shape: Shape, told: Mapping[str, Any], results: Path) -
     }  # fmt: skip
     for step in range(told["steps"]):
         for group in trained.groups:
-            group["lr"] = lr * min(1.0, (step + 1) / WARMUP)
+            group["lr"] = peaks[group.get("codes", False)] * min(1.0, (step + 1) / WARMUP)
         ids = tokens.batch("train", step, batch_size=told["sequences"], block=told["length"], seed=0).to(DEVICE)
         with measured() as span:
             loss = trained.step(ids)

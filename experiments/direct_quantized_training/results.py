@@ -27,7 +27,7 @@ def once(out: Path, name: str, run: Callable[[], dict[str, Any]]) -> dict[str, A
         partial = path.with_suffix(".tmp")
         partial.write_text(json.dumps(result) + "\n", encoding="utf-8")
         partial.replace(path)
-        print(f"{name}: {result}", flush=True)
+        print(f"{name}: {result.get('result', result)}", flush=True)
     return json.loads(path.read_text(encoding="utf-8"))
 
 

@@ -15,7 +15,7 @@ from experiments.direct_quantized_training.device import DEVICE
 from experiments.direct_quantized_training.model import Llama, Shape
 from lowbits import recipes
 from lowbits.methods.dqt import materialize_
-from lowbits.nn import Execution, Grid, convert_
+from lowbits.nn import Execution, Grid, QParameter, convert_
 from lowbits.optim import AdamW4bit, AdamW8bit, CodecOptimizer, Lion8bit, step_in_backward
 from lowbits.quantizers import Rounding
 
@@ -29,7 +29,7 @@ class Trained:
     Args:
         step: runs forward, backward and update on ids, and returns the loss.
         parameters: how many.
-        groups: of the optimizer, or of all optimizers.
+        groups: of the optimizer, or of all optimizers; those of weights in codes say so.
         handles: of updates in the backward pass; they keep the model alive until they are removed.
     """
 
@@ -58,7 +58,11 @@ def codes(bits: float, make: Callable[..., CodecOptimizer], native: bool = False
         materialize_(model, Grid.of(bits), DEVICE, execution=execution)
         if not drawn:
             model.blocks.extend(copy.deepcopy(model.blocks[0]) for _ in range(shape.layers - 1))
-        optimizer = make(model.parameters(), lr=LR, rounding=Rounding.STOCHASTIC)
+        every = list(model.parameters())
+        groups = [
+            {"params": [p for p in every if isinstance(p, QParameter) == ours], "codes": ours} for ours in (True, False)
+        ]
+        optimizer = make(groups, lr=LR, rounding=Rounding.STOCHASTIC)
         handle = step_in_backward(model, optimizer)
         return Trained(lambda ids: _backward(model, ids), _count(model), optimizer.param_groups, [handle])
 
