@@ -4,7 +4,7 @@
     python -m experiments.direct_quantized_training cpu --data DATA --out runs/dqt-cpu     T1 to T7, on a CPU
     lowbits data prepare DATA/text/wiki.train.txt.xz --validation DATA/text/wiki.val.txt.xz --vocab-size 32000 --out TOKENS
 
-and on a GPU, where TOKENS is that folder; seconds are of an H200:
+and on a GPU, where TOKENS is that folder; the numbers are seconds, about, of an H200:
 
     ... memory                                        90   bytes a parameter, and those of peers
     ... pretrain --data TOKENS                       150   50 steps of 33 billion parameters
@@ -17,14 +17,15 @@ and on a GPU, where TOKENS is that folder; seconds are of an H200:
     torchrun --nproc-per-node 2 -m experiments.direct_quantized_training ranks    60   H5, two GPUs
 
 Results go to benchmarks/results/<device>/dqt_*.json as soon as there are some; a call that is cut off has written what it
-has, and another call adds to it. Peers are measured where they are installed. Every command runs on a CPU too, at a tiny
-size (`--shape 512 64 176 2 4 --results /tmp/x`), to be tried out.
+has, and another call adds to it. Peers are measured where they are installed. Blocks of memory come in many sizes:
+PYTORCH_ALLOC_CONF=expandable_segments:True lets `largest` go a little further, and the file says so. Every command runs
+on a CPU too, at a tiny size
+(`--shape 512 256 256 2 4 --results /tmp/x`), to be tried out.
 """  # noqa: E501  a command is one line
 
 from __future__ import annotations
 
 import argparse
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -139,8 +140,6 @@ def _gpu(told: argparse.Namespace) -> None:
 
 
 def _memory(told: argparse.Namespace) -> None:
-    # Blocks of many sizes come and go: without it the allocator keeps gigabytes that fit nothing.
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     from experiments.direct_quantized_training import memory
     from experiments.direct_quantized_training.ways import WAYS
 

@@ -7,6 +7,7 @@ allocator held at the peak, over the number of parameters. Includes every tempor
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -84,7 +85,8 @@ def largest(names: Sequence[str], shape: Shape, tokens: int, results: Path) -> N
     for name in names:
         begin = time.perf_counter()
         found = search(name, shape, tokens)
-        file.add(name, found | {"seconds": round(time.perf_counter() - begin, 1)})
+        allocator = os.environ.get("PYTORCH_ALLOC_CONF", "")
+        file.add(name, found | {"seconds": round(time.perf_counter() - begin, 1), "allocator": allocator})
         print(f"{name}: {file.ways[name]}", flush=True)
     file.tell()
 
