@@ -73,8 +73,9 @@ class Plan:
     extras: bool = False
 
     def scaled(self, share: float) -> Plan:
-        """Return the same with a share of the steps."""
-        steps = {name: round(share * getattr(self, name)) for name in ("steps", "teacher_steps", "dq_steps")}
+        """Return the same with a share of the steps, at least one where there are some."""
+        whole = {name: getattr(self, name) for name in ("steps", "teacher_steps", "dq_steps")}
+        steps = {name: max(min(1, count), round(share * count)) for name, count in whole.items()}
         return replace(self, **steps)  # type: ignore[arg-type]
 
 
@@ -280,7 +281,7 @@ def scored(task: Task, model: nn.Module) -> Result:
     size = next(iter(coded.coded.values())).buckets
     bucket = getattr(size, "size", max(c.codes.numel() for c in coded.coded.values()))
     return result | {
-        "packed_bytes": packed.file, "huffman_bytes": huffman.file, "ratio": huffman.ratio,
+        "packed_bytes": packed.file, "packed_weight_bytes": packed.codes + packed.ranges, "huffman_bytes": huffman.file, "ratio": huffman.ratio,
         "code_bits": huffman.mean_length, "entropy": huffman.entropy, "header_bytes": huffman.header,
         "published_bytes": published_bytes(plain, huffman.elements, huffman.mean_length, bucket),
     }  # fmt: skip

@@ -21,7 +21,7 @@ class Digits(Task):
 
     name, unit, higher_is_better = "digits", "accuracy, %", True
     plan = Plan(
-        bits=(4, 3, 2), qd=("256", "64"), steps=1200, teacher_steps=3600, dq_steps=240, lr=5e-3, teacher_lr=2e-3,
+        bits=(4, 3, 2), qd=("256", "64"), steps=2400, teacher_steps=3600, dq_steps=240, lr=2e-3, teacher_lr=2e-3,
         extras=True,
     )  # fmt: skip
 
