@@ -281,7 +281,8 @@ def scored(task: Task, model: nn.Module) -> Result:
     size = next(iter(coded.coded.values())).buckets
     bucket = getattr(size, "size", max(c.codes.numel() for c in coded.coded.values()))
     return result | {
-        "packed_bytes": packed.file, "packed_weight_bytes": packed.codes + packed.ranges, "huffman_bytes": huffman.file, "ratio": huffman.ratio,
+        "packed_bytes": packed.file, "packed_weight_bytes": packed.codes + packed.ranges,
+        "huffman_bytes": huffman.file, "ratio": huffman.ratio,
         "code_bits": huffman.mean_length, "entropy": huffman.entropy, "header_bytes": huffman.header,
         "published_bytes": published_bytes(plain, huffman.elements, huffman.mean_length, bucket),
     }  # fmt: skip
