@@ -424,7 +424,8 @@ def distillation_arms(task: str) -> str:
     for name, results in found["runs"].items():
         scores = [result["score"] for result in results]
         shown = " ".join(f"{score:.{digits}f}" for score in scores)
-        rows.append([name, shown, f"{mean(scores):.{digits}f} ± {stdev(scores):.{digits}f}"])
+        deviation = f" ± {stdev(scores):.{digits}f}" if len(scores) > 1 else ""
+        rows.append([name, shown, f"{mean(scores):.{digits}f}{deviation}"])
     told, path = found["provenance"], found["path"].relative_to(ROOT).as_posix()
     words = f"{told['device']}, torch {told['versions']['torch']}; file: `{path}`."
     return f"{table(['arm', found['unit'] + ', by seed', 'mean'], rows)}\n{words}\n"
@@ -448,9 +449,9 @@ def distillation_sizes() -> str:
 def distillation_speed() -> str:
     """Decoding and steps on the GPU."""
     found = distillation("text_gpu")
-    if found is None:
+    if not (found and found["once"]):
         return "Not measured yet.\n"
-    return table(["measured", ""], [[name, f"{value:.4g}"] for name, value in found["speed"].items()], "---:")
+    return table(["measured", ""], [[name, f"{value:.4g}"] for name, value in found["once"].items()], "---:")
 
 
 def model_size(row: dict[str, Any]) -> str:
