@@ -118,7 +118,10 @@ def test_matched_differs_from_gaussws_by_the_noise_alone() -> None:
     ("words", "message"),
     [
         ("noise=none", "DiffQ's noise is normal or uniform"),
-        ("b_init=20", "b_min < b_init < b_max is needed, got 2.0, 20.0, 15.0"),
+        ("b_init=20", "1 <= b_min < b_init < b_max <= 15 is needed, got 2.0, 20.0, 15.0"),
+        ("b_min=nan", "1 <= b_min < b_init"),
+        ("penalty=nan", "at least 0 and finite"),
+        ("form=matched,b_min=1", "b_init and b_target are between 2 and 25"),
         ("group=0", "group is at least 1"),
     ],
 )

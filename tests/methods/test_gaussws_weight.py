@@ -338,8 +338,12 @@ def test_the_penalty_counts_layers_or_elements() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"b_init": 1.5}, "b_init and b_target are at least 2"),
-        ({"block_rows": 0}, "a block has at least one row"),
+        ({"b_init": 1.5}, "b_init and b_target are between 2 and 25"),
+        ({"b_target": math.nan}, "b_init and b_target are between 2 and 25"),
+        ({"block_rows": 0}, "blocks have 1 to 1024 rows"),
+        ({"block_columns": 100_000}, "blocks have 1 to 1024 rows"),
+        ({"amplitude": math.inf}, "the amplitude of the noise is positive"),
+        ({"bit_lr": math.nan}, "pull and bit_lr are at least 0"),
         ({"amplitude": 0.0}, "the amplitude of the noise is positive"),
         ({"pull": -1.0}, "pull and bit_lr are at least 0"),
     ],

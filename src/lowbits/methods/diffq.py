@@ -8,6 +8,7 @@ take embeddings too.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -30,6 +31,7 @@ from lowbits.optim import param_groups
 __all__ = ["DiffQ", "Form", "LibraryNoise", "example", "model_size"]
 
 _BYTES_A_MB = 2**20
+_MOST_BITS = 15
 
 
 class Form(Enum):
@@ -88,14 +90,18 @@ class DiffQ(Method):
     def __post_init__(self) -> None:
         if self.noise not in (PseudoNoise.NORMAL, PseudoNoise.UNIFORM):
             raise SpecError(f"DiffQ's noise is normal or uniform, got {self.noise.value}; others are GaussWS's.")
-        if not self.b_min < self.b_init < self.b_max:
-            raise SpecError(f"b_min < b_init < b_max is needed, got {self.b_min}, {self.b_init}, {self.b_max}.")
-        if self.group < 1 or self.penalty < 0 or self.smallest < 0:
+        if not 1 <= self.b_min < self.b_init < self.b_max <= _MOST_BITS:
             raise SpecError(
-                f"group is at least 1, penalty and smallest at least 0, got {self.group}, {self.penalty}, "
-                f"{self.smallest}."
+                f"1 <= b_min < b_init < b_max <= {_MOST_BITS} is needed, got {self.b_min}, {self.b_init}, {self.b_max}."
             )
-        _ = self.plan
+        numbers = (self.penalty, self.smallest, self.bit_lr or 0.0)
+        if self.group < 1 or not all(0 <= number < math.inf for number in numbers):
+            raise SpecError(
+                f"group is at least 1; penalty, smallest and bit_lr at least 0 and finite; got {self.group}, "
+                f"{self.penalty}, {self.smallest} and {self.bit_lr}."
+            )
+        if self.form is Form.MATCHED:
+            _ = self.plan
 
     @property
     def plan(self) -> Plan:

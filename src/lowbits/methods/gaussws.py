@@ -14,6 +14,7 @@ In one's own loop:
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -121,8 +122,8 @@ class GaussWS(Method):
     lean: bool = False
 
     def __post_init__(self) -> None:
-        if self.pull < 0 or (self.bit_lr is not None and self.bit_lr < 0):
-            raise SpecError(f"pull and bit_lr are at least 0, got {self.pull} and {self.bit_lr}.")
+        if not (0 <= self.pull < math.inf and (self.bit_lr is None or 0 <= self.bit_lr < math.inf)):
+            raise SpecError(f"pull and bit_lr are at least 0 and finite, got {self.pull} and {self.bit_lr}.")
         _ = self.plan
 
     @property

@@ -29,7 +29,8 @@ from lowbits.methods._pseudo_noise._circuit import Fidelity
 from lowbits.methods._pseudo_noise._draw import PseudoNoise, draw
 from lowbits.methods._pseudo_noise._formats import Operator, Storage, block_cast, power_of_two
 
-FEWEST_BITS = 2.0
+FEWEST_BITS, _MOST_BITS = 2.0, 25.0  # of b; noise of more survives in no format, float32's 24 bits included
+_LARGEST_SIDE = 1024  # of a block; partial ones are padded, so a larger one would take memory without end
 # ln(2)^k / k!, k = 13 .. 0: 2^f for |f| <= 1/2 to the last bits of float64.
 EXP2 = tuple(math.log(2) ** k / math.factorial(k) for k in range(13, -1, -1))
 
@@ -63,12 +64,16 @@ class Plan:
     through_max: bool = False
 
     def __post_init__(self) -> None:
-        if min(self.block) < 1:
-            raise SpecError(f"a block has at least one row and one column, got {self.block}.")
-        if min(self.b_init, self.b_target) < FEWEST_BITS:
-            raise SpecError(f"b_init and b_target are at least {FEWEST_BITS:g}, got {self.b_init}, {self.b_target}.")
-        if not self.amplitude > 0:
-            raise SpecError(f"the amplitude of the noise is positive, got {self.amplitude}.")
+        # Said so that NaN fails, too.
+        if not 1 <= min(self.block) <= max(self.block) <= _LARGEST_SIDE:
+            raise SpecError(f"blocks have 1 to {_LARGEST_SIDE} rows and columns, got {self.block}; 32 x 32 is usual.")
+        if not (FEWEST_BITS <= self.b_init <= _MOST_BITS and FEWEST_BITS <= self.b_target <= _MOST_BITS):
+            raise SpecError(
+                f"b_init and b_target are between {FEWEST_BITS:g} and {_MOST_BITS:g}, got {self.b_init} and "
+                f"{self.b_target}; 6 and 4 are the paper's."
+            )
+        if not 0 < self.amplitude < math.inf:
+            raise SpecError(f"the amplitude of the noise is positive, got {self.amplitude}; 1 is the paper's.")
 
     @property
     def text(self) -> str:
