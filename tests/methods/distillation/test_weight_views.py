@@ -215,11 +215,9 @@ def test_a_teacher_in_high_precision_draws_its_few_bits_nearer(recipe: str) -> N
     assert sum(losses[-5:]) / 5 < 0.75 * losses[0]
 
 
-@pytest.mark.parametrize("recipe", recipes.NAMED)
+@pytest.mark.parametrize("recipe", [name for name in recipes.NAMED if not name.endswith("_native")])  # a GPU's
 def test_every_recipe_computes_with_the_rounded_weight(recipe: str) -> None:
     """The layer of a recipe quantizes Q(w), and its gradient reaches the master copy; a teacher in bf16."""
-    if recipe.endswith("_native") and not torch.cuda.is_available():
-        pytest.skip("native FP8 needs a GPU")
     torch.manual_seed(0)
     model, ids = gpt2(), torch.randint(0, 32, (4, 16))
     teacher = Teacher(copy.deepcopy(model).bfloat16())
