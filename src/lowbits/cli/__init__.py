@@ -23,7 +23,6 @@ COMMANDS = {
     "analyze": "look at a trained model: sharpness, outliers, memory, post-training quantization, ...",
     "probe": "rank the layers of a model by what a recipe does to them, propose which to keep",
     "graph": "draw what can be pruned from a model, what goes with it, and what cannot be pruned",
-    "export": "write the small file of a run of quantized distillation or learned points",
     "data": "turn text into token shards (data prepare), look at them (data info)",
     "formats": "print every number format: bits, largest, smallest, codes",
     "recipes": "print every recipe: what it quantizes, what integer hardware could run",

@@ -26,6 +26,7 @@ from lowbits.quantizers import PerBlock, PerGroup, PerRow, PerTensor
 
 SELF, NONE, CACHED = "self", "none", "cached"
 _SOURCE = "_distillation_source"
+FILE = "coded.safetensors"
 UNQUANTIZED = 32  # bits of weights that stay as they are
 
 
@@ -222,7 +223,8 @@ def size_table(model: nn.Module) -> Table:
         rows.append(("times smaller than the teacher in float32", *(round(full / x.file, 3) for x in found.values())))
     rows.append(("bits a coded weight", *(round(sizes.bits_a_weight, 4) for sizes in found.values())))
     note = (
-        "Bytes of the file that lowbits.export.save_coded writes for this model; begins, lengths: of the Huffman code."
+        "Bytes of the file that lowbits.export.save_coded writes for this model; the Huffman-coded one is "
+        f"{FILE} in the run's folder. Begins, lengths: of the Huffman code."
     )
     return Table("Size of the model", ("part", *(coding.value for coding in found)), tuple(rows), note)
 

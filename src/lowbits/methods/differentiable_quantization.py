@@ -24,22 +24,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowbits import models
 from lowbits.data import TokenData
-from lowbits.errors import CheckpointError, ConversionError, SpecError
+from lowbits.errors import ConversionError, SpecError
 from lowbits.export import (
     Buckets,
-    CodedModel,
     PointTensor,
     between,
     bucketed,
     even_points,
     flattened,
     gradient_bucketed,
+    save_coded,
 )
 from lowbits.methods._contract import Method, Table
 from lowbits.methods._distillation_loss import Mixing
 from lowbits.methods._distilled_runs import (
+    FILE,
     SELF,
     Cut,
     Ends,
@@ -339,28 +339,6 @@ class DifferentiableQuantization(Method):
         for points in point_parameters(model).values():
             points.requires_grad_()
 
-    def deployed(self, folder: Path) -> CodedModel:
-        """Return a checkpoint's weights as `lowbits.export.save_coded` writes them.
-
-        Args:
-            folder: a checkpoint of a run of this very method.
-        Raises:
-            CheckpointError: it holds no points.
-        """
-        from safetensors.torch import load_file
-
-        model, state = models.build(str(folder), 0, 1, 0), load_file(folder / "model.safetensors")
-        end = "_view.points"
-        counts = {key.removesuffix(end): len(tensor) for key, tensor in state.items() if key.endswith(end)}
-        if not counts:
-            raise CheckpointError(f"{folder} holds no learned points; it is of another run.")
-        chosen = levels_of(model, Levels.of_bits(self.bits, self.cut.buckets(self.size)), self.ends)
-        learn_points_(model, chosen, start=Start.EVEN, counts=counts)
-        with torch.no_grad():
-            for name, points in point_parameters(model).items():
-                points.copy_(state[name + end])
-        return coded_model(model)
-
     def _counts(self, model: nn.Module, seed: int) -> dict[str, int]:
         """As many points as the gradients say; of three digits, so that no rounding on the way moves a point."""
         data, mixing = TokenData.open(self.share_out), Mixing(self.weight, self.temperature)
@@ -384,6 +362,10 @@ class DifferentiableQuantization(Method):
     def metrics(self, model: nn.Module) -> dict[str, float]:
         """Return the error of the weights and the entropy of their codes."""
         return weight_metrics(model)
+
+    def write(self, model: nn.Module, folder: Path) -> None:
+        """Leave the model as Huffman-coded levels: coded.safetensors, for `lowbits.export.load_coded`."""
+        save_coded(folder / FILE, coded_model(model))
 
     def tables(self, model: nn.Module) -> tuple[Table, ...]:
         """Return where the bytes of the model would be."""

@@ -10,7 +10,7 @@ the optimizer moves a master copy in full precision. The parts are plain functio
     ...
     save_coded("student.safetensors", coded_model(student))        # of lowbits.export
 
-`lowbits train --method distillation` does it for causal language models, `lowbits export` writes their file.
+`lowbits train --method distillation` does it for causal language models and leaves the file in the run's folder.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from lowbits import models
-from lowbits.export import CodedModel
+from lowbits.export import save_coded
 from lowbits.methods._contract import Method, Position, Table
 from lowbits.methods._distillation_loss import KlMean, Mixing, TopK, distillation_loss
 from lowbits.methods._distilled_runs import (
+    FILE,
     SELF,
     UNQUANTIZED,
     Cut,
@@ -115,19 +115,6 @@ class QuantizedDistillation(Method):
         if levels is not None:
             quantize_weights_(model, levels, backward=self.backward, seed=seed)
 
-    def deployed(self, folder: Path) -> CodedModel:
-        """Return a checkpoint's weights as `lowbits.export.save_coded` writes them.
-
-        Args:
-            folder: a checkpoint of a run of this very method.
-        Raises:
-            ConversionError: its weights were not quantized.
-        """
-        model = models.build(str(folder), 0, 1, 0)
-        if (levels := self._levels(model)) is not None:
-            quantize_weights_(model, levels, backward=self.backward)
-        return coded_model(model)
-
     def _levels(self, model: nn.Module) -> Levels | Choose | None:
         if self.bits == UNQUANTIZED:
             return None
@@ -144,6 +131,11 @@ class QuantizedDistillation(Method):
     def metrics(self, model: nn.Module) -> dict[str, float]:
         """Return the error of the weights and the entropy of their codes."""
         return {} if self.bits == UNQUANTIZED else weight_metrics(model)
+
+    def write(self, model: nn.Module, folder: Path) -> None:
+        """Leave the model as Huffman-coded levels: coded.safetensors, for `lowbits.export.load_coded`."""
+        if self.bits != UNQUANTIZED:
+            save_coded(folder / FILE, coded_model(model))
 
     def tables(self, model: nn.Module) -> tuple[Table, ...]:
         """Return where the bytes of the model would be."""

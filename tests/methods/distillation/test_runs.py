@@ -12,20 +12,12 @@ import pytest
 import torch
 
 from lowbits import models
+from lowbits.data import TokenData
 from lowbits.errors import DataError, RunError, ShapeError
 from lowbits.export import Coding, load_coded, save_coded
 from lowbits.methods.differentiable_quantization import DifferentiableQuantization, point_parameters
-from lowbits.methods.distillation import (
-    Ends,
-    Levels,
-    QuantizedDistillation,
-    TeacherCache,
-    coded_model,
-    quantize_weights_,
-    viewed,
-)
+from lowbits.methods.distillation import Backward, Cut, Ends, QuantizedDistillation, TeacherCache, viewed
 from lowbits.nn import Recipe, convert_
-from lowbits.quantizers import PerBlock
 from lowbits.train import Run, checkpoints, train
 from tests.train.tiny import log_lines, model, state_bytes, tiny_run, tokens
 
@@ -83,20 +75,30 @@ def test_points_alone_are_trained(data: Path, teacher: Path, tmp_path: Path) -> 
     assert len({line["relative error of weights"] for line in told}) > 1
 
 
-def test_the_report_has_the_bytes_of_the_file_that_a_checkpoint_becomes(data: Path, tmp_path: Path) -> None:
-    result = train(short(data, method=QuantizedDistillation(teacher="none", size=32)), tmp_path / "run")
+FEW = {
+    "levels": QuantizedDistillation(bits=3, size=32, ends=Ends.KEPT, backward=Backward.TRUNCATED),
+    "points": DifferentiableQuantization(bits=2, cut=Cut.GROUP, size=8),
+}
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_a_run_leaves_a_file_that_computes_what_it_evaluated(name: str, data: Path, tmp_path: Path) -> None:
+    """Its size is the report's, and so is that of a packed one."""
+    run = short(data, method=FEW[name])
+    result = train(run, tmp_path / "run")
     (table,) = result["tables"]
     assert table["columns"] == ("part", "packed", "huffman")
     rows = {row[0]: row[1:] for row in table["rows"]}
-    student = models.build(str(checkpoints(tmp_path / "run" / "checkpoints")[-1]), 300, 32, 0)
-    quantize_weights_(student, Levels.of_bits(4, PerBlock(32)))
-    for column, coding in enumerate(Coding):
-        sizes = save_coded(tmp_path / "file", coded_model(student), coding)
-        assert rows["file"][column] == sizes.file == (tmp_path / "file").stat().st_size
+    coded = load_coded(tmp_path / "run" / "coded.safetensors")
+    assert (tmp_path / "run" / "coded.safetensors").stat().st_size == rows["file"][1]
+    assert save_coded(tmp_path / "packed", coded, Coding.PACKED).file == rows["file"][0]
     plain = models.build(str(checkpoints(tmp_path / "run" / "checkpoints")[-1]), 300, 32, 0).eval()
-    plain.load_state_dict(load_coded(tmp_path / "file").state_dict())
-    ids = torch.arange(32)[None]
-    assert torch.equal(plain(ids).logits, student.eval()(ids).logits)
+    plain.load_state_dict(load_coded(tmp_path / "packed").state_dict())
+    batches = TokenData.open(data).val_batches(run.batch_size, run.block, run.watching.eval_batches * run.batch_size)
+    with torch.no_grad():
+        losses = [(plain(input_ids=ids, labels=ids).loss.item(), len(ids)) for ids in batches]
+    found = sum(loss * count for loss, count in losses) / sum(count for _, count in losses)
+    assert found == pytest.approx(result["val_loss_on"], abs=1e-4) != pytest.approx(result["val_loss_off"], abs=1e-4)
 
 
 def test_the_report_compares_with_the_teacher(data: Path, teacher: Path, tmp_path: Path) -> None:
