@@ -172,11 +172,11 @@ def test_the_ladder_follows_the_bits() -> None:
     bits = torch.tensor([[2.0, 3.0, 3.5, 4.0], [4.5, 5.0, 6.0, 6.5], [8.9, 9.0, 9.0, 9.0]])
     model = trained(bits)
     ((_, weight),) = noisy_weights(model).values()
-    names = [LADDER[i].name for i in choose_rungs(weight).flatten()]
+    names = [LADDER[i].name for i in choose_rungs(weight.bits()).flatten()]
     assert names == ["e2m1"] * 2 + ["e3m2"] * 2 + ["e4m3"] * 2 + ["e3m4", "e4m7", "e4m7", "e4m7", "e4m7", "e4m7"]
     assert names == [rung(b).name for b in bits.flatten().tolist()]
-    assert {LADDER[i] for i in choose_rungs(weight, Aggregate.LAYER).flatten()} == {E4M7}
-    small = [SMALLEST_LADDER[i].name for i in choose_rungs(weight, ladder=SMALLEST_LADDER).flatten()]
+    assert {LADDER[i] for i in choose_rungs(weight.bits(), Aggregate.LAYER).flatten()} == {E4M7}
+    small = [SMALLEST_LADDER[i].name for i in choose_rungs(weight.bits(), ladder=SMALLEST_LADDER).flatten()]
     assert small == [{"e4m3": "e2m3"}.get(name, name) for name in names]
 
 
@@ -191,7 +191,7 @@ def test_an_exported_file_holds_what_was_measured(
     assert path.stat().st_size == length
     state = load_ladder(path)
     ((w, weight),) = noisy_weights(model).values()
-    expected = ladder_cast(w, choose_rungs(weight, aggregate, ladder), (32, 32), ladder)
+    expected = ladder_cast(w, choose_rungs(weight.bits(), aggregate, ladder), (32, 32), ladder)
     assert set(state) == {"0.weight", "0.bias", "1.weight", "1.bias"}
     assert torch.equal(state["0.weight"], expected) and torch.equal(state["0.bias"], model[0].bias)  # type: ignore[index]
     ladder_(model, aggregate, ladder)

@@ -10,11 +10,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lowbits.errors import FormatError, RunError, UnknownNameError
 from lowbits.methods import Method, Position, named
-from lowbits.methods.gaussws import GaussWS, PseudoNoise, Regulariser, Resample, Storage, noisy
+from lowbits.methods.gaussws import (
+    GaussWS,
+    PseudoNoise,
+    Regulariser,
+    Resample,
+    Storage,
+    load_ladder,
+    noisy,
+)
 from lowbits.nn import Recipe, convert_
 from lowbits.optim import AdamW
 from lowbits.study import write_report
@@ -83,6 +93,23 @@ def test_the_report_of_a_run(data: Path, tmp_path: Path) -> None:  # noqa: F811
     assert "bit-width map" in page and 'id="method-blocks at a bound"' in page
     config = json.loads((tmp_path / "bf16+gaussws" / "seed-0" / "config.json").read_text())
     assert config["method"]["name"] == "gaussws" and config["method"]["bit_lr"] == 0.1
+    exported(tmp_path / "bf16+gaussws" / "seed-0", total["all"])
+
+
+def exported(run: Path, total: float) -> None:
+    """A finished run leaves a file whose weights have the bytes that the report says, and its loss is in the log."""
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    (evaluated,) = [line for line in lines if line["kind"] == "eval" and line["step"] == 6]
+    assert 0 < abs(evaluated["loss_ladder"] - evaluated["loss_on"]) < 0.05
+    path, (*_, checkpoint) = run / "ladder.safetensors", sorted((run / "checkpoints").iterdir())
+    with safe_open(path, "pt") as file:
+        sizes = {name: file.get_tensor(name).numel() for name in file.keys()}  # noqa: SIM118
+    assert sum(size for name, size in sizes.items() if name.endswith((".rungs", ".exponents", ".codes"))) == total
+    state, before = load_ladder(path), load_file(checkpoint / "model.safetensors")
+    assert "lm_head.weight" in state and "lm_head.weight" not in sizes  # tied: stored once
+    assert set(state) - {"lm_head.weight"} == {name for name in before if not name.endswith("b_i")}
+    for name, tensor in ((name, state[name]) for name in set(state) & set(before)):
+        assert torch.allclose(tensor.float(), before[name], rtol=0.26, atol=before[name].abs().max().item() / 8)
 
 
 def test_a_broken_weight_is_named_in_the_log_on_any_device() -> None:

@@ -9,8 +9,10 @@ take embeddings too.
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from lowbits.analysis import causal_loss
 from lowbits.errors import SpecError
 from lowbits.methods._contract import Method, Position, Table
 from lowbits.methods._pseudo_noise._draw import PseudoNoise
+from lowbits.methods._pseudo_noise._export import bit_forms, write_ladder
 from lowbits.methods._pseudo_noise._library import LibraryNoise
 from lowbits.methods._pseudo_noise._model import Resample, add_noise_, bit_groups, noisy, number_of
 from lowbits.methods._pseudo_noise._numerics import Plan
@@ -149,6 +152,14 @@ class DiffQ(Method):
         bits = torch.cat([noise.bits().detach() for noise in found])
         told = {"bits": bits.mean().item(), "bits, lowest": bits.amin().item(), "bits, highest": bits.amax().item()}
         return told | {"size, MB": sum(noise.true_size() for noise in found)}
+
+    def forms(self, model: nn.Module) -> dict[str, AbstractContextManager[object]]:
+        """Return, in the matched form, the model as its exported file would hold it."""
+        return bit_forms(model)
+
+    def write(self, model: nn.Module, folder: Path) -> None:
+        """Leave, in the matched form, the file that GaussWS leaves."""
+        write_ladder(model, folder)
 
     def tables(self, model: nn.Module) -> tuple[Table, ...]:
         """Return bits and size by layer, or in the matched form what GaussWS returns."""

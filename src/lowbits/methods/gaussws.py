@@ -15,8 +15,10 @@ In one's own loop:
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -29,11 +31,13 @@ from lowbits.methods._pseudo_noise._draw import PseudoNoise
 from lowbits.methods._pseudo_noise._export import (
     Aggregate,
     Rung,
+    bit_forms,
     ladder_,
     ladder_sizes,
     load_ladder,
     noisy_weights,
     save_ladder,
+    write_ladder,
 )
 from lowbits.methods._pseudo_noise._formats import LADDER, SMALLEST_LADDER, Operator, Storage, rung
 from lowbits.methods._pseudo_noise._model import Resample, add_noise_, bit_groups, bit_penalty, noisy, number_of
@@ -166,6 +170,14 @@ class GaussWS(Method):
         for parameter, weight in noisy_weights(model).values():
             weight.check_finite(parameter)
         return bit_metrics(model)
+
+    def forms(self, model: nn.Module) -> dict[str, AbstractContextManager[object]]:
+        """Return the model as its exported file would hold it."""
+        return bit_forms(model)
+
+    def write(self, model: nn.Module, folder: Path) -> None:
+        """Leave the model with each block in the smallest format that its bits allow; `load_ladder` reads it."""
+        write_ladder(model, folder)
 
     def tables(self, model: nn.Module) -> tuple[Table, ...]:
         """Return bits and noise by layer, the bit-width map, and the size on the ladder of formats."""

@@ -12,9 +12,12 @@ its length is the size that is reported.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +31,8 @@ from lowbits.methods._pseudo_noise._weight import NoisyWeight
 from lowbits.nn import quantized_layers
 
 _EXPONENT_BIAS = 127
-_MARK = "lowbits-ladder-1"
+_MARK = "lowbits-ladder-2"
+FILE = "ladder.safetensors"
 
 
 class Aggregate(Enum):
@@ -64,18 +68,26 @@ def noisy_weights(model: nn.Module) -> dict[str, tuple[nn.Parameter, NoisyWeight
     return found
 
 
+def weights_with_bits(model: nn.Module) -> dict[str, tuple[nn.Parameter, NoisyWeight]]:
+    """Return those of them that have bit-widths: none without noise."""
+    return {name: pair for name, pair in noisy_weights(model).items() if pair[1].b_i is not None}
+
+
 def choose_rungs(
-    weight: NoisyWeight, aggregate: Aggregate = Aggregate.BLOCK, ladder: tuple[FloatFormat, ...] = LADDER
+    bits: Tensor, aggregate: Aggregate = Aggregate.BLOCK, ladder: tuple[FloatFormat, ...] = LADDER
 ) -> Tensor:
-    """Return the index of every block's format in the ladder, int64 [down, across]."""
-    bits = weight.bits()
+    """Return the index of every block's format in the ladder, int64 [down, across].
+
+    Args:
+        bits: b_t, [down, across].
+        aggregate: which blocks share a format.
+        ladder: the formats, the smallest first.
+    """
     if aggregate is Aggregate.LAYER:
         bits = bits.amax().expand_as(bits)
-    index = {fmt: place for place, fmt in enumerate(ladder)}
-    limits = [(place, fmt.mantissa_bits + 2) for fmt, place in index.items()]
     chosen = torch.full(bits.shape, len(ladder) - 1, dtype=torch.int64)
-    for place, limit in reversed(limits):
-        chosen = torch.where(bits.cpu() <= limit, place, chosen)
+    for place, fmt in reversed(list(enumerate(ladder))):
+        chosen = torch.where(bits.cpu() <= fmt.mantissa_bits + 2, place, chosen)
     return chosen
 
 
@@ -88,11 +100,11 @@ def ladder_cast(w: Tensor, rungs: Tensor, block: Block, ladder: tuple[FloatForma
         block: rows and columns of a block.
         ladder: the formats.
     """
-    blocks = to_blocks(w.detach().float().cpu(), block)
+    blocks, rungs = to_blocks(w.detach().float(), block), rungs.to(w.device)
     amax = blocks.abs().amax(-1)
     stored = blocks.to(torch.bfloat16).float()
     for place, fmt in enumerate(ladder):
-        if fmt != BF16:
+        if fmt != BF16 and bool((rungs == place).any()):
             q, n = to_grid(blocks, amax, fmt)
             stored = torch.where((rungs == place).unsqueeze(-1), q * power_of_two(n, q.dtype).unsqueeze(-1), stored)
     return from_blocks(stored, w.shape, block)
@@ -106,9 +118,21 @@ def ladder_(model: nn.Module, aggregate: Aggregate = Aggregate.BLOCK, ladder: tu
         aggregate: which blocks share a format.
         ladder: the formats, the smallest first; one alone is for all.
     """
-    for parameter, weight in noisy_weights(model).values():
-        chosen = choose_rungs(weight, aggregate, ladder)
+    for parameter, weight in weights_with_bits(model).values():
+        chosen = choose_rungs(weight.bits(), aggregate, ladder)
         parameter.data.copy_(ladder_cast(parameter, chosen, weight.plan.block, ladder))
+
+
+@contextmanager
+def on_the_ladder(model: nn.Module) -> Iterator[None]:
+    """Give a model the weights that its exported file would hold, and take them back."""
+    before = {parameter: parameter.detach().clone() for parameter, _ in weights_with_bits(model).values()}
+    ladder_(model)
+    try:
+        yield
+    finally:
+        for parameter, own in before.items():
+            parameter.data.copy_(own)
 
 
 def ladder_sizes(
@@ -116,8 +140,9 @@ def ladder_sizes(
 ) -> list[Rung]:
     """Return what each format of the ladder holds, the smallest first; bytes of codes and exponents, exactly."""
     blocks, weights, exact = [0] * len(ladder), [0] * len(ladder), [0] * len(ladder)
-    for parameter, weight in noisy_weights(model).values():
-        chosen, sizes = choose_rungs(weight, aggregate, ladder), elements(parameter.shape, weight.plan.block)
+    for parameter, weight in weights_with_bits(model).values():
+        chosen = choose_rungs(weight.bits(), aggregate, ladder)
+        sizes = elements(parameter.shape, weight.plan.block)
         for place, fmt in enumerate(ladder):
             here = chosen == place
             many, held = int(here.sum()), int(sizes[here].sum())
@@ -146,26 +171,43 @@ def save_ladder(
     """
     from safetensors.torch import save
 
-    found = noisy_weights(model)
+    found = weights_with_bits(model)
     if not found:
         raise ConversionError(
-            "no weight of this model has noise with bit-widths; train it with GaussWS or DiffQ first."
+            "no weight of this model has noise with bit-widths; train it with GaussWS or matched DiffQ first."
         )
     tensors: dict[str, Tensor] = {}
-    layout: dict[str, object] = {"mark": _MARK, "ladder": [fmt.name for fmt in ladder], "weights": {}}
-    own = {id(parameter): name for name, (parameter, _) in found.items()}
-    bits = {id(weight.b_i) for _, weight in found.values()}
+    layout: dict[str, Any] = {"mark": _MARK, "ladder": [fmt.name for fmt in ladder], "weights": {}, "same": {}}
+    stored: dict[int, str] = {}
+    own = {id(parameter): weight for parameter, weight in found.values()}
+    bits = {id(weight.b_i) for weight in own.values()}
     for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) in stored:  # tied: an embedding and the head
+            layout["same"][name] = stored[id(tensor)]
+            continue
+        stored[id(tensor)] = name
         if id(tensor) in own:
-            weight = found[own[id(tensor)]][1]
-            tensors |= _pack(name, tensor, choose_rungs(weight, aggregate, ladder), weight.plan.block, ladder)
-            layout["weights"][name] = [list(tensor.shape), list(weight.plan.block)]  # type: ignore[index]
+            weight = own[id(tensor)]
+            rungs = choose_rungs(weight.bits(), aggregate, ladder)
+            tensors |= _pack(name, tensor, rungs, weight.plan.block, ladder)
+            layout["weights"][name] = [list(tensor.shape), list(weight.plan.block)]
         elif id(tensor) not in bits:
             matrix = tensor.dtype == torch.float32 and tensor.ndim >= 2
             tensors[name] = tensor.detach().to(torch.bfloat16 if matrix else tensor.dtype).cpu().contiguous().clone()
     data = save(tensors, metadata={"layout": json.dumps(layout)})
     write_whole(Path(path), data)
     return len(data)
+
+
+def bit_forms(model: nn.Module) -> dict[str, AbstractContextManager[object]]:
+    """Return the form of a model that its exported file would hold, `ladder`; none where there are no bits."""
+    return {"ladder": on_the_ladder(model)} if weights_with_bits(model) else {}
+
+
+def write_ladder(model: nn.Module, folder: Path) -> None:
+    """Leave the exported file of a finished run in its folder, where there are bits."""
+    if weights_with_bits(model):
+        save_ladder(model, folder / FILE)
 
 
 def load_ladder(path: str | Path) -> dict[str, Tensor]:
@@ -188,7 +230,8 @@ def load_ladder(path: str | Path) -> dict[str, Tensor]:
     ladder = tuple(BY_NAME[name] for name in layout["ladder"])
     for name, (shape, block) in layout["weights"].items():
         state[name] = _unpack(name, tensors, (shape[0], shape[1]), (block[0], block[1]), ladder)
-    return state | tensors
+    state |= tensors
+    return state | {name: state[other] for name, other in layout["same"].items()}
 
 
 def _pack(name: str, w: Tensor, rungs: Tensor, block: Block, ladder: tuple[FloatFormat, ...]) -> dict[str, Tensor]:

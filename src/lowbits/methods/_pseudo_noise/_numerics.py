@@ -104,6 +104,10 @@ class Plan:
         """Return b of every block, not clamped."""
         return b_i * self.span + self.b_target
 
+    def kept_bits(self, b_i: Tensor) -> Tensor:
+        """Return b of every block within its bounds."""
+        return self.bits(b_i).clamp(FEWEST_BITS, self.most_bits)
+
 
 def exp2(x: Tensor) -> Tensor:
     """Return 2^x by products and sums alone, the same bits on every device; |x| below 100."""

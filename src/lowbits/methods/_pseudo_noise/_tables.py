@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lowbits.methods._contract import Table
 from lowbits.methods._pseudo_noise._blocks import to_blocks
-from lowbits.methods._pseudo_noise._export import Aggregate, choose_rungs, ladder_sizes, noisy_weights
+from lowbits.methods._pseudo_noise._export import Aggregate, ladder_sizes, weights_with_bits
 from lowbits.methods._pseudo_noise._formats import LADDER, SMALLEST_LADDER
 from lowbits.methods._pseudo_noise._numerics import FEWEST_BITS, cast, steps
 from lowbits.methods._pseudo_noise._weight import NoisyWeight
@@ -18,7 +18,7 @@ _MOST_COLUMNS = 16  # of the map of bits
 
 def bit_metrics(model: nn.Module) -> dict[str, float]:
     """Return mean, lowest and highest b_t over all blocks, and the share of blocks at a bound."""
-    found = [weight for _, weight in noisy_weights(model).values() if weight.b_i is not None]
+    found = [weight for _, weight in weights_with_bits(model).values()]
     if not found:
         return {}
     bits = torch.cat([weight.bits().flatten() for weight in found])
@@ -54,7 +54,7 @@ def survival(w: Tensor, weight: NoisyWeight) -> tuple[float, float]:
 
 def bit_tables(model: nn.Module) -> tuple[Table, ...]:
     """Return the tables of a model whose weights have bit-widths; none where it has no noise."""
-    found = {name: pair for name, pair in noisy_weights(model).items() if pair[1].b_i is not None}
+    found = weights_with_bits(model)
     return (_layers(found), _map(found), _sizes(model, found)) if found else ()
 
 
@@ -98,7 +98,7 @@ def _sizes(model: nn.Module, found: dict[str, tuple[nn.Parameter, NoisyWeight]])
     rungs = ladder_sizes(model)
     weights = sum(w.numel() for w, _ in found.values())
     rows: list[tuple[str | float | None, ...]] = [(r.format, r.blocks, r.weights / weights, r.bytes) for r in rungs]
-    overhead = sum(-(-choose_rungs(weight).numel() // 2) for _, weight in found.values())
+    overhead = sum(-(-weight.bits().numel() // 2) for _, weight in found.values())
     total = sum(r.bytes for r in rungs) + overhead
     whole = sum(r.bytes for r in ladder_sizes(model, Aggregate.LAYER)) + overhead
     six = sum(r.bytes for r in ladder_sizes(model, ladder=SMALLEST_LADDER)) + overhead

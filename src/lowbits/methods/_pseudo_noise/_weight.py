@@ -17,7 +17,7 @@ from lowbits.errors import FormatError, ShapeError
 from lowbits.methods._pseudo_noise import _launch, _numerics
 from lowbits.methods._pseudo_noise._blocks import Block, counts, from_blocks, to_blocks
 from lowbits.methods._pseudo_noise._draw import PseudoNoise, draw
-from lowbits.methods._pseudo_noise._numerics import FEWEST_BITS, Plan
+from lowbits.methods._pseudo_noise._numerics import Plan
 from lowbits.quantizers import Noise
 
 ROLE = "weight noise"
@@ -98,7 +98,7 @@ class NoisyWeight(nn.Module):
     def bits(self) -> Tensor:
         """Return b_t of every block within its bounds, float32 [down, across]."""
         assert self.b_i is not None
-        return self.plan.bits(self.b_i).clamp(FEWEST_BITS, self.plan.most_bits)
+        return self.plan.kept_bits(self.b_i)
 
     @torch.no_grad()
     def noise(self, w: Tensor) -> Tensor:
