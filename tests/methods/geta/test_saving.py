@@ -74,6 +74,35 @@ def test_what_was_saved_is_loaded(name: str, tmp_path: Path) -> None:
         geta.load(tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize(
+    "name", ["vgg", *(pytest.param(n, marks=pytest.mark.slow) for n in ("llama", "bert", "mixed"))]
+)
+def test_onnx_computes_the_same_from_packed_integers(name: str, tmp_path: Path) -> None:
+    """At another batch size and length than it was exported with."""
+    pytest.importorskip("onnxscript", reason="the onnx extra is not installed")
+    runtime = pytest.importorskip("onnxruntime", reason="nothing to run ONNX with")
+    model, graph, keep = prepared(name)
+    small = geta.construct(graph, model, keep)
+    path = tmp_path / "small.onnx"
+    geta.save_onnx(small, path, *graph.example)
+    inputs = example(name).inputs(4)
+    found = runtime.InferenceSession(path).run(None, {key: value.numpy() for key, value in inputs.items()})[0]
+    torch.testing.assert_close(torch.from_numpy(found), outputs(small, inputs), rtol=1e-4, atol=1e-5)
+    stored = {(bytes(t.raw_data), tuple(t.dims)) for t in pytest.importorskip("onnx").load(path).graph.initializer}
+    codes = [b for name, b in small.named_buffers() if name.endswith(".codes")]
+    assert codes and all((c.numpy().tobytes(), tuple(c.shape)) in stored for c in codes)
+    with pytest.raises(CheckpointError, match="there already"):
+        geta.save_onnx(small, path, *graph.example)
+
+
+def test_onnx_needs_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    model, graph, keep = prepared("vgg")
+    small = geta.construct(graph, model, keep)
+    with pytest.raises(ConversionError, match="lowbits.onnx"):
+        geta.save_onnx(small, tmp_path / "small.onnx", *graph.example)
+
+
 def uniform(graph: geta.Graph, left: dict[int, int]) -> Tensor:
     """Keep another choice of units in every dimension of a size, as many in each."""
     noise = torch.Generator().manual_seed(0)

@@ -22,6 +22,7 @@ from lowbits.methods.geta._layers import (
     weight_quantizers,
 )
 from lowbits.methods.geta._method import GETA, State, example, finished
+from lowbits.methods.geta._onnx import save_onnx
 from lowbits.methods.geta._qasso import Progress, Qasso
 from lowbits.methods.geta._quantizer import Quantizer, Slope, bits_of, quantize, step_of
 from lowbits.methods.geta._saliency import saliency
@@ -64,6 +65,7 @@ __all__ = [
     "quantizers",
     "saliency",
     "save",
+    "save_onnx",
     "save_pretrained",
     "step_of",
     "svg",
