@@ -21,12 +21,14 @@ import pytest
 import torch
 from torch import nn
 
+from lowbits.analysis import causal_loss
 from lowbits.cli import main
+from lowbits.cli._subject import open_subject
 from lowbits.cli.train import with_method
 from lowbits.errors import LowbitsError, UnknownNameError
 from lowbits.methods import Method, Position, named, names
 from lowbits.nn import Recipe, convert_
-from lowbits.train import Run, checkpoints, train
+from lowbits.train import Autocast, Device, Run, checkpoints, train
 from tests.train.tiny import log_lines, model, state_bytes, tiny_run, tokens
 
 POSITION = Position(step=3, steps=12, draw=6)
@@ -221,3 +223,16 @@ def test_names_and_values_from_words() -> None:
     assert with_method(base, ["--method=none"]).method == Method()
     with pytest.raises(LowbitsError, match="no method is called 'nonsense'"):
         with_method(base, ["--method", "nonsense", "--out", "x"])
+
+
+def test_analysis_opens_what_it_trained(trained: tuple[Run, Path]) -> None:
+    """The model of the checkpoint has the loss that the log has: nothing of the method is left out."""
+    run, out = trained
+    subject = open_subject(out, None, Device.CPU)
+    assert type(subject.method) is type(run.method)
+    (*_, last) = [line for line in log_lines(out) if line["kind"] == "eval"]
+    data = subject.data(None)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=run.compute.autocast is not Autocast.NONE):
+        batches = list(data.val_batches(4, run.block, run.watching.eval_batches * run.batch_size))
+        losses = [float(causal_loss(subject.model, ids)) * len(ids) for ids in batches]
+    assert sum(losses) / sum(map(len, batches)) == pytest.approx(last["loss_on"], rel=1e-3)

@@ -59,7 +59,7 @@ class Ptq(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class Perplexity(Options):
-    """How well does the model predict text files, quantizers on and off?
+    """How well does the model predict text files, quantizers on and off, and in other forms that its method gives it?
 
     Every token counts alike, and every token but a file's first is scored. Bits a byte compare models with different
     tokenizers.
@@ -75,12 +75,13 @@ class Perplexity(Options):
     stride: int | None = None
 
     def run(self, subject: Subject) -> Outcome:
-        """Score the files twice."""
+        """Score the files in every mode."""
         tokenizer, window = _tokenizer(subject), self.window or subject.block
         shown = table("quantizers", "tokens", "loss", "perplexity", "bits a byte")
         result: dict[str, object] = {"files": [str(file) for file in self.files], "window": window}
-        for name, mode in _MODES.items():
-            with mode(subject.model):
+        modes = {name: mode(subject.model) for name, mode in _MODES.items()}
+        for name, mode in (modes | subject.method.forms(subject.model)).items():
+            with mode:
                 score = analysis.text_perplexity(
                     subject.model, tokenizer, self.files, window=window, stride=self.stride, batch=self.batch_size
                 )

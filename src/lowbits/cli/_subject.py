@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, replace
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +17,9 @@ from lowbits import models
 from lowbits.analysis import provenance
 from lowbits.data import TokenData, check_vocabulary
 from lowbits.errors import CheckpointError, DataError, RunError
+from lowbits.methods import Method, named
 from lowbits.nn import Keep, Phase, convert_, phase_at, set_phase_, set_step_
-from lowbits.train import Device, Run, newest_intact, verify
+from lowbits.train import Device, Run, load_model_, newest_intact, verify
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,6 +38,7 @@ class Subject:
         config: the resolved run; empty for a bare model folder.
         recipe: name of the recipe that the model is converted to, None if it is not.
         device: where it is.
+        method: that the model was trained with.
     """
 
     model: PreTrainedModel
@@ -44,6 +47,7 @@ class Subject:
     config: dict[str, object]
     recipe: str | None
     device: torch.device
+    method: Method = field(default_factory=Method)
 
     @property
     def block(self) -> int:
@@ -122,20 +126,49 @@ def open_subject(path: Path, recipe: str | None, device: Device) -> Subject:
 
     logging.disable_progress_bar()
     source, home, config = _locate(path)
-    name = recipe or _recipe_name(config, source)
+    name, method = recipe or _recipe_name(config, source), _method_of(config, source)
     where = chosen_device(device)
-    # vocabulary and length matter for fresh weights alone
-    model = models.build(str(source), vocab_size=1, block=1, seed=0)
+    seed = config.get("seed", 0)
+    seed = seed if isinstance(seed, int) else 0
+    if type(method) is Method:
+        # vocabulary and length matter for fresh weights alone
+        model = models.build(str(source), vocab_size=1, block=1, seed=0)
+    else:
+        model = models.untrained(source)
     if name is not None:
         head, split = bool(config.get("quantize_head")), bool(config.get("split_qkv"))
         run = Run(recipe=name, quantize_head=head, split_qkv=split)
-        seed = config.get("seed", 0)
         choose = run.choose(model.get_output_embeddings())
-        convert_(model, choose, keep=_keep_of(config), seed=seed if isinstance(seed, int) else 0, verbose=False)
+        convert_(model, choose, keep=_keep_of(config), seed=seed, verbose=False)
         set_step_(model, 0)
         phase = Phase(0) if recipe else _last_phase(config, source)
         set_phase_(model, forward=phase.forward, backward=phase.backward)
-    return Subject(model.eval().to(where), source, home, config, name, where)  # type: ignore[arg-type]
+    if type(method) is not Method:
+        method.prepare_(model, seed)
+        load_model_(source, model)
+    return Subject(model.eval().to(where), source, home, config, name, where, method)  # type: ignore[arg-type]
+
+
+def _method_of(config: dict[str, Any], source: Path) -> Method:
+    """The method of a run, with the values of its fields; those that came later have their defaults."""
+    told = dict(config.get("method") or {"name": "none"})
+    name = str(told.pop("name"))
+    if ":" in name:
+        raise RunError(
+            f"{source} was trained with {name}, which only its Python file knows; use lowbits.analysis from Python."
+        )
+    default = named(name)
+    values = {f.name: _as(getattr(default, f.name), told[f.name]) for f in fields(default) if f.name in told}
+    return replace(default, **values)
+
+
+def _as(like: object, value: Any) -> Any:
+    """A value of a config in the type of the field's default."""
+    if isinstance(like, Enum):
+        return type(like)(value)
+    if isinstance(like, Path) and value is not None:
+        return Path(value)
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _keep_of(config: dict[str, Any]) -> Keep:

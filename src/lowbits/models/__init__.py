@@ -8,7 +8,7 @@ A folder with a Hugging Face causal language model is as good as a name: its wei
 
 from __future__ import annotations
 
-from lowbits.models._build import build, config
+from lowbits.models._build import build, config, untrained
 from lowbits.models._sizes import SIZES, Size, size
 
-__all__ = ["SIZES", "Size", "build", "config", "size"]
+__all__ = ["SIZES", "Size", "build", "config", "size", "untrained"]

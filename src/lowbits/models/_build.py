@@ -70,6 +70,27 @@ def build(name_or_folder: str, vocab_size: int, block: int, seed: int, dropout: 
         return AutoModelForCausalLM.from_config(settings, attn_implementation="sdpa").train()
 
 
+def untrained(folder: Path) -> PreTrainedModel:
+    """Build the architecture of a Hugging Face folder in float32 on the CPU, with weights of no meaning.
+
+    For checkpoints of models that a method has changed: their tensors are loaded after it has changed this one.
+
+    Args:
+        folder: with a config.json.
+    Raises:
+        CheckpointError: it has none that is known.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        settings = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{folder} holds no config.json of a known model: {reason}") from error
+    with torch.random.fork_rng(devices=[]):
+        return AutoModelForCausalLM.from_config(settings, attn_implementation="sdpa").train()
+
+
 def _load(folder: Path, block: int, dropout: float) -> PreTrainedModel:
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM

@@ -21,6 +21,7 @@ from lowbits.train._run import (
     Watching,
 )
 from lowbits.train._schedule import Curve, Schedule
+from lowbits.train._state import load_model_
 
 __all__ = [
     "Autocast",
@@ -36,6 +37,7 @@ __all__ = [
     "Sink",
     "Watching",
     "checkpoints",
+    "load_model_",
     "newest_intact",
     "train",
     "verify",

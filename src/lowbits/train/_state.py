@@ -95,14 +95,11 @@ def load_state_(
     Raises:
         CheckpointError: the checkpoint is of another run or architecture.
     """
+    trainer = json.loads((folder / TRAINER).read_text(encoding="utf-8"))
     from safetensors.torch import load_file
 
-    trainer = json.loads((folder / TRAINER).read_text(encoding="utf-8"))
     check_same_run(folder, trainer["run"], run)
-    tensors: dict[str, Tensor] = {}
-    for path in sorted(folder.glob("model*.safetensors")):
-        tensors |= load_file(path)
-    _load_model_(folder, model, tensors)
+    load_model_(folder, model)
     _load_optimizer_(folder, model, optimizer, load_file(folder / OPTIMIZER))
     return Progress(**trainer["progress"])
 
@@ -131,7 +128,20 @@ def _flat(value: Mapping[str, object], prefix: str = "") -> dict[str, object]:
     return flat
 
 
-def _load_model_(folder: Path, model: nn.Module, tensors: dict[str, Tensor]) -> None:
+def load_model_(folder: Path, model: nn.Module) -> None:
+    """Load the weights of a checkpoint into the model that it was written from.
+
+    Args:
+        folder: of the checkpoint.
+        model: converted and prepared as at the start of the run.
+    Raises:
+        CheckpointError: it lacks tensors of the model, or has others.
+    """
+    from safetensors.torch import load_file
+
+    tensors: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("model*.safetensors")):
+        tensors |= load_file(path)
     try:
         report = model.load_state_dict(tensors, strict=False)
     except RuntimeError as error:
