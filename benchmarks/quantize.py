@@ -6,7 +6,7 @@
 
 Bytes that must move: x once for each read below, each result once, scales included.
 
-- One read where every scale belongs to a part of a row, or to a row of x along k: a program can hold it.
+- One read where every scale belongs to a group or a tile, or to a row of x along k: a program can hold it.
 - Two where a scale belongs to a column, to all of x, or to both rows and columns: one for the largest magnitudes,
   one to quantize. NVFP4's outer scale is one of all of x.
 
@@ -39,12 +39,16 @@ from torch import Tensor
 
 from lowbits.formats import E4M3, INT8
 from lowbits.kernels import pack_operand, quantize_both, quantize_operand, unpack_operand
+from lowbits.kernels._units import kernels
 from lowbits.nn import Recipe
 from lowbits.quantizers import (
     Noise,
     PackedTensor,
+    PerGroup,
     PerRow,
     PerTensor,
+    PerTile,
+    PowerOfTwo,
     QTensor,
     QuantSpec,
     ReciprocalAmax,
@@ -62,6 +66,8 @@ ROWS = {
     "fp8 tensor": QuantSpec(E4M3, PerTensor(), ReciprocalAmax()),
 }
 BLOCKS = ("nvfp4", "mxfp4", "mxfp8", "fp8_block")
+BLOCK = QuantSpec(E4M3, PerGroup(128), PowerOfTwo())
+TILE = QuantSpec(E4M3, PerTile(128, 128), PowerOfTwo())
 AXES = {"along k": (True, False), "along r": (False, True), "both": (True, True)}
 NAMES = {"fprop.lhs": "x", "dgrad.lhs": "g", "wgrad.lhs": "g along r", "wgrad.rhs": "x along r", "fprop.rhs": "w"}
 
@@ -107,7 +113,8 @@ def result_bytes(result: object) -> int:
 def along(spec: QuantSpec, axes: tuple[bool, bool], x: Tensor) -> Task:
     """The codes that integer and FP8 units multiply, for one GEMM or for both that x enters."""
     of_k, of_r = (spec if asked else None for asked in axes)
-    local = isinstance(spec.granularity, PerRow) and not axes[1]
+    # A tile of 128x128 holds the groups of both axes.
+    local = isinstance(spec.granularity, PerGroup | PerTile) or (isinstance(spec.granularity, PerRow) and not axes[1])
     return Task(lambda: quantize_both(x, of_k, of_r, None, None), 1 if local else 2, x.nbytes)
 
 
@@ -173,7 +180,8 @@ def block_arms(name: str, recipe: Recipe, weight: bool) -> Iterator[tuple[str, M
 
 
 def arms(weight: bool) -> Iterator[tuple[str, Make]]:
-    for name, spec in ROWS.items():
+    blocks = {"fp8 128x128": TILE} if weight else {"fp8 1x128": BLOCK}
+    for name, spec in (ROWS | blocks).items():
         for axes, chosen in AXES.items():
             yield f"{name}, {axes}", functools.partial(along, spec, chosen)
     for name in BLOCKS:
@@ -232,9 +240,9 @@ def torchao_mx(name: str, x: Tensor) -> Task:
 
 
 def torchao_blocks(kernel: str, x: Tensor) -> Task:
-    from torchao.prototype.blockwise_fp8_training import kernels
+    from torchao.prototype.blockwise_fp8_training import kernels as theirs
 
-    run = getattr(kernels, kernel)
+    run = getattr(theirs, kernel)
     return Task(lambda: run(x), 1, x.nbytes)
 
 
@@ -284,6 +292,8 @@ def main() -> int:
     made.add_argument("--sizes", nargs="+", metavar="RxK", help="of the tensors")
     options = made.parse_args()
     device = torch.device(options.device)
+    for name in ("rows", "blocks"):  # loaded, so that Triton's interpreter runs them where it is asked for
+        kernels(name)
     options.sizes = options.sizes or (CUDA_SIZES if device.type == "cuda" else CPU_SIZES)
     absent = {package for package in ("torchao", "bitsandbytes") if options.peers and missing(package)}
     columns = {
