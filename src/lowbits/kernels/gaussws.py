@@ -187,6 +187,19 @@ def _to_bfloat16(x):
 
 
 @triton.jit
+def _tile(rows, columns, across, BR: tl.constexpr, BC: tl.constexpr, NB: tl.constexpr):
+    """Row and columns of this program's blocks, where their elements are, and which of these there are."""
+    tiles = tl.cdiv(across, NB)
+    i = tl.program_id(0) // tiles
+    j = (tl.program_id(0) % tiles) * NB + tl.arange(0, NB)
+    r_index = i * BR + tl.arange(0, BR)[None, :, None]
+    c_index = j[:, None, None] * BC + tl.arange(0, BC)[None, None, :]
+    # Whatever their type, values are read and written by as many beside each other: they never change lanes.
+    at = tl.max_contiguous(r_index.to(tl.int64) * columns + c_index, (1, 1, _BESIDE))
+    return i, j, at, (r_index < rows) & (c_index < columns)
+
+
+@triton.jit
 def add_noise(
     w, bits, counter, table, out, slopes, rows, columns, down, across, first_row, first_column, b_target, b_span,
     least, most, amplitude, slope_factor, NOISE: tl.constexpr, N1: tl.constexpr, K1: tl.constexpr, N2: tl.constexpr,
@@ -195,13 +208,7 @@ def add_noise(
     LARGEST: tl.constexpr
 ):  # fmt: skip
     """out = cast(w + R D); slopes of all blocks."""
-    tiles = tl.cdiv(across, NB)
-    i = tl.program_id(0) // tiles
-    j = (tl.program_id(0) % tiles) * NB + tl.arange(0, NB)
-    r_index = i * BR + tl.arange(0, BR)[None, :, None]
-    c_index = j[:, None, None] * BC + tl.arange(0, BC)[None, None, :]
-    mask = (r_index < rows) & (c_index < columns)
-    at = tl.max_contiguous(r_index.to(tl.int64) * columns + c_index, (1, 1, _BESIDE))
+    i, j, at, mask = _tile(rows, columns, across, BR, BC, NB)
     x = tl.load(w + at, mask, 0.0).to(tl.float32)
     amax = tl.reduce(tl.reshape(tl.abs(x), (NB, BR * BC)), 1, _largest)
     live = j < across
@@ -232,13 +239,7 @@ def gradients(
     BC: tl.constexpr, NB: tl.constexpr, COPY: tl.constexpr
 ):  # fmt: skip
     """grad_bits = slope sum_B(G R), in float64; grad_w = G in its own type, unless it is G itself."""
-    tiles = tl.cdiv(across, NB)
-    i = tl.program_id(0) // tiles
-    j = (tl.program_id(0) % tiles) * NB + tl.arange(0, NB)
-    r_index = i * BR + tl.arange(0, BR)[None, :, None]
-    c_index = j[:, None, None] * BC + tl.arange(0, BC)[None, None, :]
-    mask = (r_index < rows) & (c_index < columns)
-    at = tl.max_contiguous(r_index.to(tl.int64) * columns + c_index, (1, 1, _BESIDE))
+    i, j, at, mask = _tile(rows, columns, across, BR, BC, NB)
     x = tl.load(g + at, mask, 0.0)
     if COPY:
         tl.store(grad_w + at, x.to(grad_w.dtype.element_ty), mask)
@@ -261,10 +262,6 @@ def draw(
     N2: tl.constexpr, K2: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, NB: tl.constexpr
 ):  # fmt: skip
     """out = R, float32 [rows, columns]."""
-    tiles = tl.cdiv(across, NB)
-    i = tl.program_id(0) // tiles
-    j = (tl.program_id(0) % tiles) * NB + tl.arange(0, NB)
-    r_index = i * BR + tl.arange(0, BR)[None, :, None]
-    c_index = j[:, None, None] * BC + tl.arange(0, BC)[None, None, :]
+    i, j, at, mask = _tile(rows, columns, across, BR, BC, NB)
     r = _noise(counter, table, i.to(tl.uint32), j.to(tl.uint32), NOISE, N1, K1, N2, K2, BR, BC)
-    tl.store(out + r_index.to(tl.int64) * columns + c_index, r, (r_index < rows) & (c_index < columns))
+    tl.store(out + at, r, mask)
