@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowbits.errors import CheckpointError, FormatError
-from lowbits.export import HuffmanCode, bit_width, pack_bits, unpack_bits
+from lowbits.export import HuffmanCode, _huffman, bit_width, pack_bits, unpack_bits
 from lowbits.formats import pack
 from tests.oracles.distillation import entropy, huffman_bits
 
@@ -66,6 +66,16 @@ def test_chunks_are_decoded_side_by_side(total: int) -> None:
     symbols = np.random.default_rng(total).geometric(0.2, total).clip(max=40)
     code = HuffmanCode.of_counts(np.bincount(symbols).tolist())
     assert (code.decode(*code.encode(symbols), total) == symbols).all()
+
+
+def test_a_message_written_in_parts_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    symbols = np.random.default_rng(0).geometric(0.3, 5 * 4096 + 17).clip(max=20)
+    code = HuffmanCode.of_counts(np.bincount(symbols).tolist())
+    stream, begins = code.encode(symbols)
+    monkeypatch.setattr(_huffman, "_TOGETHER", 2 * 4096)
+    parts, starts = code.encode(symbols)
+    assert parts.tolist() == stream.tolist() and starts.tolist() == begins.tolist()
+    assert (code.decode(parts, starts, symbols.size) == symbols).all()
 
 
 def test_one_symbol_takes_one_bit() -> None:

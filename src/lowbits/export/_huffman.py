@@ -21,6 +21,7 @@ from lowbits.errors import CheckpointError, FormatError
 CHUNK = 4096
 _LONGEST = 56  # 8 bytes hold a code that begins at any bit of the first; a longer one needs 10^12 symbols
 _PADDING = 8
+_TOGETHER = 256 * CHUNK  # symbols written at a time
 
 
 @dataclass(frozen=True)
@@ -91,16 +92,20 @@ class HuffmanCode:
         lengths = np.array(self.lengths, np.int64)
         if symbols.size and (symbols.max() >= lengths.size or not lengths[symbols].all()):
             raise FormatError("a symbol to be coded has no code; make the code from the counts of this message.")
-        spans = lengths[symbols]
-        ends = np.cumsum(spans)
         table = np.zeros(lengths.size, np.uint64)
         order, codes = self._canonical
         table[order] = codes
-        bits = np.zeros(int(ends[-1]) if ends.size else 0, np.uint8)
-        for i in range(int(spans.max()) if spans.size else 0):
-            some = spans > i
-            bits[(ends - spans)[some] + i] = (table[symbols[some]] >> np.uint64(63 - i)) & np.uint64(1)
-        return np.packbits(bits), (ends - spans)[::CHUNK].astype(np.uint64)
+        streams, begins, left, written = [], [], np.empty(0, np.uint8), 0
+        for i in range(0, symbols.size, _TOGETHER):
+            bits, starts = _bits(symbols[i : i + _TOGETHER], lengths, table)
+            begins.append(starts[::CHUNK] + written)
+            written += bits.size
+            bits = np.concatenate([left, bits])
+            whole = bits.size // 8 * 8
+            streams.append(np.packbits(bits[:whole]))
+            left = bits[whole:]
+        stream = np.concatenate([*streams, np.packbits(left)])
+        return stream, np.concatenate([np.empty(0, np.uint64), *begins]).astype(np.uint64)
 
     def decode(self, stream: np.ndarray, begins: np.ndarray, total: int) -> np.ndarray:
         """Return the symbols of a stream, uint16 [total]; the inverse of `encode`.
@@ -133,6 +138,17 @@ class HuffmanCode:
             found[i, :live] = order[which]
             at[:live] += spans[which]
         return found.T.reshape(-1)[:total]
+
+
+def _bits(symbols: np.ndarray, lengths: np.ndarray, table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The bits of a message, a byte each, and where each symbol begins."""
+    spans = lengths[symbols]
+    ends = np.cumsum(spans)
+    bits = np.zeros(int(ends[-1]), np.uint8)
+    for i in range(int(spans.max())):
+        some = spans > i
+        bits[(ends - spans)[some] + i] = (table[symbols[some]] >> np.uint64(63 - i)) & np.uint64(1)
+    return bits, ends - spans
 
 
 def _window(stream: np.ndarray, at: np.ndarray) -> np.ndarray:
