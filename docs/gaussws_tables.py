@@ -11,12 +11,13 @@ from typing import Any
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 FORMATS = ("FP8 e4m3", "FP6 e3m2", "FP6 e2m3", "FP4 e2m1")
+ON_CPU = ("lm_cpu", "instructions")
 ABSENT = "Not measured yet.\n"
 
 
 def found(name: str) -> dict[str, Any] | None:
     """A results file; None while there is none."""
-    files = sorted(RESULTS.glob(f"{'cpu' if name == 'lm_cpu' else 'nvidia'}-*/gaussws_{name}.json"))
+    files = sorted(RESULTS.glob(f"{'cpu' if name in ON_CPU else 'nvidia'}-*/gaussws_{name}.json"))
     if not files:
         return None
     return {
@@ -156,11 +157,31 @@ def memory() -> str:
     return f"{table(['arm', 'peak, GiB', 'bytes a weight above bf16'], rows)}\n{words}{origin(told)}\n"
 
 
+def instructions() -> str:
+    """Instructions and bytes a weight, and what they would take."""
+    told = found("instructions")
+    if told is None:
+        return ABSENT
+    rows = [
+        [name.replace(", add_noise", ", forward").replace(", gradients", ", backward"), f"{row['all']:.1f}",
+         f"{row['integer']:.1f}", f"{row['bytes']:.0f}", f"{row['arithmetic_ps']:.2f}", f"{row['memory_ps']:.2f}"]
+        for name, row in told["rows"].items()
+    ]  # fmt: skip
+    header = ["kernel", "instructions", "on the integer pipe", "bytes", "arithmetic, ps", "memory, ps"]
+    words = (
+        f"A weight of 5,632 x 2,048, machine code of {told['target']}; 132 multiprocessors at {told['ghz']} GHz, "
+        f"copies at {told['copy_tb_s']} TB/s: a model, not a measurement. Triton "
+    )
+    versions = f"{told['provenance']['versions']['triton']}; file: `{told['path']}`."
+    return f"{table(header, rows, '---:')}\n{words}{versions}\n"
+
+
 TABLES = {
     "gaussws checks": checks,
     "gaussws lm": lm_cpu,
     "gaussws gpt2": lambda: lm_gpu("gpt2-small"),
     "gaussws llama": lambda: lm_gpu("llama-134m"),
+    "gaussws instructions": instructions,
     "gaussws kernels": kernels,
     "gaussws step": step,
     "gaussws memory": memory,

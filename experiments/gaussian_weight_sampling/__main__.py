@@ -4,6 +4,7 @@
     lowbits data prepare speeches.txt --vocab-size 512 --out runs/data/speeches
     python -m experiments.gaussian_weight_sampling lm-cpu --data runs/data/speeches --out runs/gaussws
 
+    python -m experiments.gaussian_weight_sampling instructions
     python -m experiments.gaussian_weight_sampling speed --seconds 300
     lowbits data prepare encyclopedia.txt --tokenizer path/to/gpt2 --out runs/data/encyclopedia
     python -m experiments.gaussian_weight_sampling lm-gpu --data runs/data/encyclopedia --seconds 560
@@ -26,6 +27,7 @@ def arguments() -> argparse.Namespace:
     cpu = commands.add_parser("lm-cpu", help="a small GPT-2 on a CPU")
     cpu.add_argument("--data", required=True)
     cpu.add_argument("--out", type=Path, required=True, help="folder of the runs")
+    commands.add_parser("instructions", help="of the kernels on an H200, counted without one")
     gpu = commands.add_parser("lm-gpu", help="GPT-2 small and Llama-134M on a GPU")
     gpu.add_argument("--data", required=True)
     gpu.add_argument("--model", action="append", help="gpt2-small, llama-134m; both if not given")
@@ -56,6 +58,10 @@ def main() -> None:
         setting = gpu_language.setting_of(told.steps, told.batch, told.length, device)
         names, arms = told.model or gpu_language.MODELS, told.arm or list(gpu_language.ARMS)
         gpu_language.main(told.data, names, arms, told.seeds, setting, told.seconds)
+    elif told.command == "instructions":
+        from experiments.gaussian_weight_sampling import instructions
+
+        instructions.main()
     elif told.command == "speed":
         from experiments.gaussian_weight_sampling import gpu_speed
 

@@ -166,3 +166,14 @@ def test_the_claims_of_the_gpu_can_hold_and_fail() -> None:
     step["bytes_a_parameter"]["GaussWS, lean"] = 0.3
     repeat["shards"] = False
     assert failures() == 5
+
+
+def test_instructions_are_counted_by_thread() -> None:
+    pytest.importorskip("triton", reason="the gpu extra is not installed")
+    from experiments.gaussian_weight_sampling import instructions
+
+    code = "/*0000*/ LOP3.LUT R1, R2 ;\n/*0010*/ @!P0 FADD R1, R2 ;\n/* 0x0004 */\n/*0020*/ NOP ;\n/*0030*/ SEL R1 ;"
+    found = instructions.counted(code, 64, 1)
+    assert found == {"all": 1.5, "integer": 1.0}
+    told = instructions.modelled(found, 6)
+    assert told["arithmetic_ps"] == pytest.approx(1e3 / 64 / (132 * 1.755)) and told["memory_ps"] == 6 / 4.2
