@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from experiments.geta import arms
@@ -16,7 +17,10 @@ from lowbits.cli import main
 from lowbits.errors import SpecError
 from lowbits.methods import Position, geta
 from lowbits.nn import Recipe, convert_
+from lowbits.train import train
 from tests.methods.geta.zoo import example, gpt2, outputs
+from tests.train.tiny import model as tiny_model
+from tests.train.tiny import tiny_run, tokens
 
 
 def test_a_named_size_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -67,6 +71,42 @@ def test_a_trained_model_becomes_its_sub_network() -> None:
     assert sum(row[2] for row in units.rows) == 138 and len(bits.rows) == 8  # type: ignore[misc]
     with pytest.raises(SpecError, match="not prepared by GETA"):
         geta.finished(gpt2())
+
+
+def test_a_run_leaves_its_sub_network(tmp_path: Path) -> None:
+    """With moments in 8 bits; the program in the folder is the network that the checkpoint's masked model is."""
+    run = tiny_run(tokens(tmp_path / "data").folder, recipe="adam8bit", method=geta.GETA(0.4, 4, 14, stage_steps=12))
+    out = tmp_path / "run"
+    (out / "sub-network").mkdir(parents=True)  # of an attempt that was killed
+    (out / "sub-network" / "subnetwork.json").write_text("{}", encoding="utf-8")
+    result = train(run, out, resume=True)
+    small, facts = geta.load(out / "sub-network")
+    model = tiny_model(300, 32, dropout=0.0)
+    convert_(model, Recipe(), seed=0, verbose=False)
+    run.method.prepare_(model, 0)
+    state = load_file(next((out / "checkpoints").glob("*12/model.safetensors")))
+    model.load_state_dict(state, strict=False)
+    ids = {"input_ids": torch.randint(0, 300, (3, 9), generator=torch.Generator().manual_seed(0))}
+    torch.testing.assert_close(outputs(small, ids), outputs(model.eval(), ids), rtol=1e-4, atol=1e-5)
+    assert set(facts["bits"].values()) <= set(range(4, 15)) and facts["sparsity"] == pytest.approx(0.4, abs=0.01)
+    size, units, _ = result["tables"]  # type: ignore[misc]
+    assert size["rows"][0][2] < size["rows"][0][1] and "No sub-network-transformers: GPT2LMHeadModel" in size["note"]
+    assert "<svg" in units["drawing"] and "left</text>" in units["drawing"]
+
+
+def test_a_run_shorter_than_the_stages_leaves_none(tmp_path: Path) -> None:
+    run = tiny_run(tokens(tmp_path / "data").folder, recipe="bf16", method=geta.GETA(0.4, stage_steps=40))
+    assert train(run, tmp_path / "run")["status"] == "finished" and not (tmp_path / "run" / "sub-network").exists()
+
+
+@pytest.mark.parametrize("method, words", [
+    (geta.GETA(0.99), "ask for at most"), (geta.GETA(0.4, stage_steps=5), "too few for four stages"),
+])  # fmt: skip
+def test_what_cannot_be_reached_is_said_before_training(method: geta.GETA, words: str, tmp_path: Path) -> None:
+    run = tiny_run(tokens(tmp_path / "data").folder, recipe="bf16", method=method)
+    with pytest.raises(SpecError, match=words):
+        train(run, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 class Tiny(arms.Task):

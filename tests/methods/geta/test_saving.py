@@ -56,7 +56,7 @@ def test_a_program_runs_in_a_process_without_the_library(tmp_path: Path) -> None
     assert facts["bits"] == small.bits and facts["kept"] == small.kept and set(facts["containers"].values()) == {4}
 
 
-@pytest.mark.parametrize("name", ["bert", pytest.param("llama", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["plain", *(pytest.param(n, marks=pytest.mark.slow) for n in ("bert", "llama"))])
 def test_what_was_saved_is_loaded(name: str, tmp_path: Path) -> None:
     model, graph, keep = prepared(name)
     small = geta.construct(graph, model, keep)
