@@ -155,14 +155,14 @@ def test_b6_what_the_bits_learn() -> None:
     w, h = torch.randn(32, 32, dtype=torch.float64), torch.rand(32, 32, dtype=torch.float64)
     b_i, plan = torch.full((1, 1), 0.5, dtype=torch.float64), EXACT
     found = []
-    for number in range(1000):
+    for number in range(400):
         at = counter(number)
         y, slope = forward(w, b_i, at, plan)
         found.append(backward(h * (y - w), slope, at, plan).item() / plan.span)
     mean, error = np.mean(found), np.std(found) / len(found) ** 0.5
     delta = oracle.step(w.abs().max().item(), 0.5, 6, 4, 25)
     expected = -math.log(2) * Fidelity.DEFAULT.variance * delta**2 * h.sum().item()
-    assert abs(mean - expected) < 4 * error and error < abs(expected) / 20
+    assert abs(mean - expected) < 4 * error and error < abs(expected) / 12
 
 
 def test_zero_and_broken_blocks() -> None:
@@ -231,11 +231,21 @@ def test_b7_the_backward_pass_draws_the_same(recipe: str) -> None:
 
     runs: list[tuple[Callable[[Tensor], Tensor], nn.Module]] = [(lean, lean), (recomputed, again)]
     if recipe == "bf16":
-        compiled = network(Plan())
-        runs.append((torch.compile(compiled, fullgraph=True, backend="aot_eager"), compiled))
+        for compiled in (network(Plan()), network(Plan(), lean=True)):
+            runs.append((torch.compile(compiled, fullgraph=True, backend="aot_eager"), compiled))
     for function, module in runs:
         found = results(function, list(module.parameters()))
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch, from inside dynamo
+def test_compiled_gradients_that_have_the_weights_type_pass_as_they_are() -> None:
+    """No autocast: G is float32 like W, and the compiled operator may not return its own argument."""
+    kept, other = network(Plan()), network(Plan())
+    compiled = torch.compile(other, fullgraph=True, backend="aot_eager")
+    expected = results(kept, list(kept.parameters()), autocast=False)
+    found = results(compiled, list(other.parameters()), autocast=False)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_a_draw_between_forward_and_backward_is_noticed() -> None:
