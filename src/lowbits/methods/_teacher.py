@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,7 @@ def load_teacher(
         device: where it is to run.
         auto_class: of transformers; `AutoModelForCausalLM` where it is None.
     Raises:
-        CheckpointError: the folder does not exist, or holds no safetensors files.
+        CheckpointError: the folder does not exist, holds no safetensors files, or is damaged.
         RunError: the teacher is larger than the free memory of the device.
     """
     folder = Path(folder)
@@ -105,11 +106,27 @@ def load_teacher(
     free = free_memory(torch.device(device))
     if free is not None and need > free:
         raise RunError(f"teacher {folder}: {_too_large(need, f'memory of {device}', free)}")
+    return Teacher(_loaded(folder, dtype, auto_class)).to(device)
+
+
+def _loaded(folder: Path, dtype: torch.dtype, auto_class: Any) -> nn.Module:
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     auto_class = AutoModelForCausalLM if auto_class is None else auto_class
-    model = auto_class.from_pretrained(folder, dtype=dtype, local_files_only=True)
-    return Teacher(model).to(device)
+    try:
+        model, report = auto_class.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"teacher {folder} cannot be loaded: {reason}; take it from a copy.") from error
+    if missing := sorted(report["missing_keys"]):  # transformers would draw them at random
+        raise CheckpointError(
+            f"teacher {folder} lacks {len(missing)} tensors, the first is {missing[0]}; take it from a copy, or load "
+            "its own kind of model with auto_class."
+        )
+    return model
 
 
 def free_memory(device: torch.device) -> int | None:
@@ -147,14 +164,11 @@ def _control_group() -> int | None:
 
 
 def _parameters_on_disk(folder: Path) -> int:
-    """Count the elements in all safetensors files, from their headers."""
+    """Count the elements in the model's safetensors files, from their headers."""
     from safetensors import SafetensorError, safe_open
 
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(f"teacher {folder}: there are no safetensors files; save it with save_pretrained.")
     count = 0
-    for path in files:
+    for path in _weight_files(folder):
         try:
             with safe_open(path, framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118, it is no dict
@@ -162,6 +176,19 @@ def _parameters_on_disk(folder: Path) -> int:
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"teacher {folder}: {path.name} is torn ({error}); take it from a copy.") from error
     return count
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files with the model's weights: a checkpoint has others, of its optimizer, beside them."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            return [folder / name for name in sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"teacher {folder}: {index.name} is damaged; take it from a copy.") from error
+    if not (folder / "model.safetensors").is_file():
+        raise CheckpointError(f"teacher {folder}: there is no model.safetensors; save it with save_pretrained.")
+    return [folder / "model.safetensors"]
 
 
 def _too_large(need: int, where: str, free: int | None) -> str:

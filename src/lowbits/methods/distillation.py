@@ -121,8 +121,9 @@ class QuantizedDistillation(Method):
         return levels_of(model, Levels.of_bits(self.bits, self.cut.buckets(self.size), self.rounding), self.ends)
 
     def before_forward_(self, model: nn.Module, at: Position) -> None:
-        """Set the counter of the random bits."""
-        set_draw_(model, at.draw)
+        """Set the counter of the random bits, if there are any."""
+        if self.rounding is Rounding.STOCHASTIC:
+            set_draw_(model, at.draw)
 
     def loss(self, model: nn.Module, ids: Tensor) -> Tensor:
         """Return the mixed loss."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -59,13 +60,43 @@ def test_a_teacher_larger_than_the_memory_is_refused_unread(folder: Path, monkey
         load_teacher(folder)
 
 
+def test_the_optimizer_beside_a_teacher_takes_no_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint of `lowbits train` holds its moments, too."""
+    save_file({"first": torch.zeros(1_000_000)}, folder / "optimizer.safetensors")
+    monkeypatch.setattr(_teacher, "free_memory", lambda _: 100_000)
+    assert load_teacher(folder).num_bytes < 100_000
+
+
+def test_a_teacher_in_several_files(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = load_teacher(folder, torch.float32)
+    whole.model.save_pretrained(tmp_path / "parts", max_shard_size="2KB")
+    assert len(list((tmp_path / "parts").glob("model-*.safetensors"))) > 1
+    assert load_teacher(tmp_path / "parts", torch.float32).fingerprint == whole.fingerprint
+    monkeypatch.setattr(_teacher, "free_memory", lambda _: 2000)
+    with pytest.raises(RunError, match="GiB are free"):
+        load_teacher(tmp_path / "parts")
+    index = tmp_path / "parts" / "model.safetensors.index.json"
+    index.write_text(index.read_text(encoding="utf-8")[:-9], encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"index\.json is damaged"):
+        load_teacher(tmp_path / "parts")
+
+
 def test_folders_that_are_no_teacher(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no config.json"):
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
         load_teacher(tmp_path / "none")
-    (path,) = folder.glob("*.safetensors")
+    path = folder / "model.safetensors"
+    whole = load_file(path)
+    save_file({name: tensor for name, tensor in whole.items() if "c_fc" not in name}, path, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"lacks 2 tensors, the first is transformer\.h\.0\.mlp\.c_fc\.bias"):
+        load_teacher(folder)
+    config = (folder / "config.json").read_text(encoding="utf-8")
+    (folder / "config.json").write_text(config[:-20], encoding="utf-8")
+    with pytest.raises(CheckpointError, match="cannot be loaded"):
+        load_teacher(folder)
+    (folder / "config.json").write_text(config, encoding="utf-8")
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(CheckpointError, match="is torn"):
         load_teacher(folder)
     path.unlink()
-    with pytest.raises(CheckpointError, match="no safetensors files"):
+    with pytest.raises(CheckpointError, match=r"no model\.safetensors"):
         load_teacher(folder)
