@@ -13,7 +13,7 @@ import sys
 import torch
 from torch import Tensor, nn
 
-import lowbits.kernels.blocks  # noqa: F401  the interpreter's kernels are used where they are loaded
+import lowbits.kernels.columns  # noqa: F401  the interpreter's kernels are used where they are loaded
 from lowbits.kernels import pack_operand, quantize_operand, unpack_operand
 from lowbits.nn import convert_, set_step_
 from lowbits.quantizers import Noise, QuantSpec, quantize

@@ -97,9 +97,10 @@ def block_formats() -> None:
     x = torch.randn(64, 128).bfloat16()
     for name in ("nvfp4", "nvfp4_up", "nvfp4_sr_24bit", "mxfp4_floor", "fp8_block"):
         for spec in {spec for gemm in named(name).gemms.values() for spec in gemm if spec}:
-            assert quantize_operand(x, spec, noise, 1, torch.bfloat16) is not None
-            packed = pack_operand(x, spec, noise, 1)
-            assert packed is not None and unpack_operand(packed, torch.bfloat16) is not None
+            for of in (x, x.t()):
+                assert quantize_operand(of, spec, noise, 1, torch.bfloat16) is not None
+                packed = pack_operand(of, spec, noise, 1)
+                assert packed is not None and unpack_operand(packed, torch.bfloat16) is not None
 
 
 def rows_and_codes() -> None:

@@ -38,6 +38,7 @@ _ROUNDINGS = {
     Rounding.NEAREST: "NEAREST", Rounding.STOCHASTIC: "UNIFORM24", Rounding.STOCHASTIC_8BIT: "CENTRED8",
     Rounding.STOCHASTIC_8BIT_FLOOR: "FLOOR8",
 }  # fmt: skip
+_GROUPS = 4, 128  # groups and rows that a program of `lowbits.kernels.columns` works on
 _DRAWN_TOGETHER = {"NEAREST": 1, "UNIFORM24": 4, "CENTRED8": 16, "FLOOR8": 16}
 
 
@@ -257,6 +258,9 @@ def _launch_quantize(
     assert k is not None
     inner, stored, scales, outer = _results(x, length, plan, dtype, codes)
     (rows, columns), (stride_r, stride_k) = x.shape, x.stride()
+    if _in_registers(plan) and stride_r == 1 and length % 16 == 0:
+        _launch_columns(x, noise, (inner, stored, scales, outer), role, length, plan, codes)
+        return inner, stored, scales, outer
     constants, rotation = _constants(plan), _rotation(plan)
     br, bk = _tile(plan)
     grid = (-(-length // bk), -(-rows // br))
@@ -272,6 +276,34 @@ def _launch_quantize(
             **constants, **_of_format(plan), INNER=not codes, CODES=codes,
         )  # fmt: skip
     return inner, stored, scales, outer
+
+
+def _in_registers(plan: _Plan) -> bool:
+    """Whether `lowbits.kernels.columns` knows such groups."""
+    two_level = plan.rule.startswith("TWO_LEVEL")
+    size = plan.rotation == plan.columns == 16 and plan.rows == 1
+    return size and plan.bits == 4 and two_level and plan.rounding != "UNIFORM24"
+
+
+def _launch_columns(
+    x: Tensor, noise: Tensor, results: tuple[Tensor, ...], role: int, length: int, plan: _Plan, codes: bool
+) -> None:
+    k = kernels("columns")
+    assert k is not None
+    (rows, columns), strides, (bg, br) = x.shape, x.stride(), _GROUPS
+    grid = (-(-rows // br), -(-length // (16 * bg)))
+    whole = torch.zeros((), dtype=torch.int32, device=x.device)
+    launch = {"BG": bg, "BR": br, "num_warps": 4, "enable_fp_fusion": False}
+    rotation = {name: value for name, value in _rotation(plan).items() if name in ("SIGNS", "SCALE", "BF16")}
+    format_ = {
+        name: value for name, value in _constants(plan).items() if name in ("M", "LOWEST", "BITS", "NAN", "RULE")
+    }
+    with on_device(x.device):
+        k.amax[grid](x, whole, rows, columns, *strides, **rotation, **launch)
+        k.quantize[grid](
+            x, noise, whole, *results, role, rows, columns, length, *strides, **rotation, **format_, **_of_format(plan),
+            INNER=not codes, CODES=codes, **launch,
+        )  # fmt: skip
 
 
 def _launch_decode(

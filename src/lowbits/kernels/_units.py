@@ -39,8 +39,7 @@ def launches(name: str, device: torch.device) -> bool:
     """
     if device.type == "cuda":
         return kernels(name) is not None
-    loaded = sys.modules.get(f"lowbits.kernels.{name}")
-    return loaded is not None and bool(loaded.INTERPRETED)
+    return f"lowbits.kernels.{name}" in sys.modules and bool(sys.modules["triton"].knobs.runtime.interpret)
 
 
 def on_device(device: torch.device) -> torch.cuda.device | nullcontext[None]:

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 INTERPRETED = triton.knobs.runtime.interpret
+INTERPRETING = tl.constexpr(INTERPRETED)
 LARGEST = tl.constexpr(3.4028234663852886e38)
 SMALLEST_NORMAL = tl.constexpr(2.0**-126)
 TWO_LEVEL, TWO_LEVEL_POW2, TWO_LEVEL_UP, SHARED_UP, SHARED_FLOOR, POWER_OF_TWO = (tl.constexpr(i) for i in range(6))
@@ -26,9 +27,8 @@ def _tile(x, row, column, R, K, stride_r, stride_k):
 
 
 @triton.jit
-def _rotate(v, SIGNS: tl.constexpr, SCALE: tl.constexpr, BF16: tl.constexpr, T: tl.constexpr, LOG: tl.constexpr,
-            BR: tl.constexpr, BK: tl.constexpr):  # fmt: skip
-    """`Hadamard.forward`: sums and differences of neighbours, of pairs, of fours, ...; bit i of SIGNS is a minus."""
+def _rotate(v, SIGNS: tl.constexpr, T: tl.constexpr, LOG: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr):
+    """`Hadamard.forward` but for its factor: sums and differences of neighbours, of pairs, ...; SIGNS negate."""
     minus = (tl.full([BK], SIGNS, tl.uint64) >> (tl.arange(0, BK) % T).to(tl.uint64)) & 1
     v = tl.where(minus[None, :] != 0, -v, v)
     v = v.reshape(BR * BK // T, T)
@@ -36,11 +36,19 @@ def _rotate(v, SIGNS: tl.constexpr, SCALE: tl.constexpr, BF16: tl.constexpr, T: 
         # The bit that was worked on goes to the front, so that the next one is the last; after LOG times all are back.
         a, b = tl.split(v.reshape(BR * BK // T, T // 2, 2))
         v = tl.permute(tl.join(a + b, a - b), (0, 2, 1)).reshape(BR * BK // T, T)
-    v = v.reshape(BR, BK) * SCALE
+    return v.reshape(BR, BK)
+
+
+@triton.jit
+def _scaled(v, SCALE: tl.constexpr, BF16: tl.constexpr):
+    """What a rotation ends with: its factor, and bfloat16 where it computes in that."""
+    v = v * SCALE
     if BF16:
-        # To nearest even by hand: Triton's interpreter cuts off.
-        bits = v.to(tl.uint32, bitcast=True)
-        v = tl.where(v == v, _as_float((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000), v)
+        if INTERPRETING:  # the interpreter cuts off: to nearest even by hand
+            bits = v.to(tl.uint32, bitcast=True)
+            v = tl.where(v == v, _as_float((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000), v)
+        else:
+            v = v.to(tl.bfloat16).to(tl.float32)
     return v
 
 
@@ -56,7 +64,7 @@ def _as_float(bits):
 
 @triton.jit
 def _rounded(y, noise, M: tl.constexpr, LOWEST: tl.constexpr, MAX: tl.constexpr, ROUNDING: tl.constexpr):
-    """`FloatFormat.project`: M mantissa bits, 2^LOWEST the smallest normal number."""
+    """`FloatFormat.project`: M mantissa bits, 2^LOWEST the smallest normal number; noise: of `_noise`."""
     magnitude = tl.abs(y)
     magnitude = tl.where(magnitude > MAX, MAX, magnitude)
     bits = magnitude.to(tl.uint32, bitcast=True)
@@ -66,13 +74,36 @@ def _rounded(y, noise, M: tl.constexpr, LOWEST: tl.constexpr, MAX: tl.constexpr,
         normal = ((bits + ((1 << (SHIFT - 1)) - 1) + ((bits >> SHIFT) & 1)) >> SHIFT) << SHIFT
         small = (below + 12582912.0) - 12582912.0  # 1.5 * 2^23: float32 rounds to integers there, ties to even
     else:
-        fraction = (bits & ((1 << SHIFT) - 1)).to(tl.float32) * (2.0**-SHIFT)
-        normal = ((bits >> SHIFT) + (noise < fraction).to(tl.uint32)) << SHIFT
-        floor = tl.floor(below)
+        MASK: tl.constexpr = (1 << SHIFT) - 1
+        if ROUNDING == UNIFORM24:
+            # The mantissa's tail as a number in [1, 2), less 1: converting integers takes eight times as long.
+            fraction = _as_float(0x3F800000 | ((bits & MASK) << (23 - SHIFT))) - 1.0
+            normal = ((bits >> SHIFT) + (noise < fraction).to(tl.uint32)) << SHIFT
+        else:
+            # Up where the tail is above (k + 1/2) / 256, or from (k + 1) / 256 on: where adding the rest carries.
+            rest: tl.constexpr = MASK - (1 << (SHIFT - 9)) if ROUNDING == CENTRED8 else MASK + 1 - (1 << (SHIFT - 8))
+            normal = (bits + (rest - (noise << (SHIFT - 8)))) & (0xFFFFFFFF - MASK)
+            noise = _of_byte(noise, ROUNDING)
+        floor = tl.where(below >= 1.0, 1.0, 0.0) if M == 1 else tl.floor(below)
         small = floor + (noise < below - floor).to(tl.float32)
     value = tl.where(magnitude < 2.0**LOWEST, small * (2.0 ** (LOWEST - M)), _as_float(normal))
     signed = _as_float(value.to(tl.uint32, bitcast=True) | (y.to(tl.uint32, bitcast=True) & 0x80000000))
     return tl.where(y == y, signed, y)
+
+
+@triton.jit
+def _nearest_code(y, M: tl.constexpr, LOWEST: tl.constexpr, MAX: tl.constexpr, BITS: tl.constexpr, NAN: tl.constexpr):
+    """`_encoded` of what `_rounded` makes of y, to nearest, without the number between."""
+    magnitude = tl.abs(y)
+    magnitude = tl.where(magnitude > MAX, MAX, magnitude)
+    bits = magnitude.to(tl.uint32, bitcast=True)
+    SHIFT: tl.constexpr = 23 - M
+    up = (bits + ((1 << (SHIFT - 1)) - 1) + ((bits >> SHIFT) & 1)) >> SHIFT
+    normal = up.to(tl.int32) - ((126 + LOWEST) << M)
+    small = (magnitude * (2.0 ** (M - LOWEST)) + 8388608.0).to(tl.int32, bitcast=True) & 255
+    code = tl.where(magnitude < 2.0**LOWEST, small, normal)
+    code = code | ((y.to(tl.uint32, bitcast=True) >> 31).to(tl.int32) << (BITS - 1))
+    return tl.where(y == y, code, NAN)
 
 
 @triton.jit
@@ -81,7 +112,7 @@ def _encoded(value, M: tl.constexpr, LOWEST: tl.constexpr, BITS: tl.constexpr, N
     bits = _magnitude_bits(value)
     normal = (bits >> (23 - M)).to(tl.int32) - ((126 + LOWEST) << M)
     magnitude = bits.to(tl.float32, bitcast=True)
-    small = (magnitude * (2.0 ** (M - LOWEST))).to(tl.int32)
+    small = (magnitude * (2.0 ** (M - LOWEST)) + 8388608.0).to(tl.int32, bitcast=True) & 255  # 2^23: an integer in bits
     code = tl.where(magnitude < 2.0**LOWEST, small, normal)
     code = code | ((value.to(tl.uint32, bitcast=True) >> 31).to(tl.int32) << (BITS - 1))
     return tl.where(value == value, code, NAN)
@@ -148,8 +179,17 @@ def _four(w0, w1, w2, w3, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def _of_byte(byte, ROUNDING: tl.constexpr):
+    """8 random bits as `QuantSpec.draw` has them; 2^23 + byte is a float32 with the byte in its lowest bits."""
+    if ROUNDING == CENTRED8:
+        return (_as_float(byte | 0x4B000000) - 8388607.5) * (2.0**-8)
+    else:
+        return (_as_float(byte | 0x4B000000) - 8388607.0) * (2.0**-8) * (1 - 2.0**-24)
+
+
+@triton.jit
 def _noise(noise, role, row, first, KP, ROUNDING: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr):
-    """`QuantSpec.draw` for a tile: 4 or 16 elements a counter; KP is a multiple of that."""
+    """`QuantSpec.draw` for a tile, or its bytes: 4 or 16 elements a counter; KP is a multiple of that."""
     EACH: tl.constexpr = 4 if ROUNDING == UNIFORM24 else 16
     step = tl.load(noise)
     key = tl.load(noise + role).to(tl.uint64) | (tl.load(noise + role + 1).to(tl.uint64) << 32)
@@ -162,11 +202,7 @@ def _noise(noise, role, row, first, KP, ROUNDING: tl.constexpr, BR: tl.constexpr
     if ROUNDING == UNIFORM24:  # with its `else`: Triton 3.6 goes on behind a return
         return (words >> 8).to(tl.int32).to(tl.float32) * (2.0**-24)
     else:
-        parts = _four(words & 255, (words >> 8) & 255, (words >> 16) & 255, words >> 24, BR, BK).to(tl.int32)
-        if ROUNDING == CENTRED8:
-            return (parts.to(tl.float32) + 0.5) * (2.0**-8)
-        else:
-            return (parts.to(tl.float32) + 1.0) * (2.0**-8) * (1 - 2.0**-24)
+        return _four(words & 255, (words >> 8) & 255, (words >> 16) & 255, words >> 24, BR, BK)
 
 
 @triton.jit
@@ -178,9 +214,11 @@ def amax(
     v = _tile(x, tl.program_id(1) * BR + tl.arange(0, BR), tl.program_id(0) * BK + tl.arange(0, BK), R, K, stride_r,
               stride_k)  # fmt: skip
     if T > 1:
-        v = _rotate(v, SIGNS, SCALE, BF16, T, LOG, BR, BK)
-    bits = _magnitude_bits(v).to(tl.int32, bitcast=True)
-    tl.atomic_max(result, tl.max(tl.max(bits, 1), 0))
+        v = _rotate(v, SIGNS, T, LOG, BR, BK)
+    largest = tl.max(tl.max(_magnitude_bits(v).to(tl.int32, bitcast=True), 1), 0)
+    if T > 1:  # rounding keeps the order: the largest is rounded alone
+        largest = _scaled(largest.to(tl.float32, bitcast=True), SCALE, BF16).to(tl.int32, bitcast=True)
+    tl.atomic_max(result, largest, sem="relaxed")
 
 
 @triton.jit
@@ -196,7 +234,7 @@ def quantize(
     column = first + tl.arange(0, BK)
     v = _tile(x, row, column, R, K, stride_r, stride_k)
     if T > 1:
-        v = _rotate(v, SIGNS, SCALE, BF16, T, LOG, BR, BK)
+        v = _scaled(_rotate(v, SIGNS, T, LOG, BR, BK), SCALE, BF16)
     u = v
     if ROUNDING != NEAREST:
         u = _noise(noise, role, row, first, KP, ROUNDING, BR, BK)
@@ -204,8 +242,12 @@ def quantize(
     whole_amax = tl.load(whole).to(tl.float32, bitcast=True)
     scale, encode, decode = _scales(largest.to(tl.float32, bitcast=True), whole_amax, MAX, TOP, INVERSE, RULE)
     spread = tl.broadcast_to(encode[:, None, :, None], (BR // ROWS, ROWS, BK // COLUMNS, COLUMNS)).reshape(BR, BK)
-    value = _rounded(v * spread, u, M, LOWEST, MAX, ROUNDING)
     inside = (row[:, None] < R) & (column[None, :] < KP)
+    if CODES and ROUNDING == NEAREST:
+        code = _nearest_code(v * spread, M, LOWEST, MAX, BITS, NAN)
+    else:
+        value = _rounded(v * spread, u, M, LOWEST, MAX, ROUNDING)
+        code = _encoded(value, M, LOWEST, BITS, NAN)
     if INNER:
         factor = scale
         if RULE == TWO_LEVEL_POW2:
@@ -217,7 +259,6 @@ def quantize(
         if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
             tl.store(outer, decode)
     if CODES:
-        code = _encoded(value, M, LOWEST, BITS, NAN)
         if BITS == 4:
             low, high = tl.split(code.reshape(BR, BK // 2, 2))
             pair = first // 2 + tl.arange(0, BK // 2)

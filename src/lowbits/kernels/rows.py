@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from lowbits.kernels.blocks import (
-    INTERPRETED,
+    INTERPRETING,
     LARGEST,
     SMALLEST_NORMAL,
     _as_float,
@@ -24,7 +24,6 @@ from lowbits.kernels.blocks import (
 
 NONE, TENSOR, ROW = (tl.constexpr(i) for i in range(3))
 AMAX, POWER_OF_TWO, RECIPROCAL = (tl.constexpr(i) for i in range(3))
-INTERPRETING = tl.constexpr(INTERPRETED)
 
 
 @triton.jit
