@@ -32,7 +32,7 @@ from lowbits.analysis._memory import Bytes, Memory, weights_in_few_bits
 from lowbits.analysis._stored import stored_bytes
 from lowbits.analysis._tape import Kind, Tape, Value
 from lowbits.errors import SpecError
-from lowbits.nn import quantized_layers
+from lowbits.nn import QParameter, quantized_layers
 from lowbits.optim import AdamW, Blockwise, CodecOptimizer, Exact, param_groups
 
 if TYPE_CHECKING:
@@ -222,6 +222,10 @@ def _meta_bytes(init: Callable[[torch.Tensor], dict[str, torch.Tensor]], p: nn.P
 
 def _check(model: PreTrainedModel) -> None:
     config = model.config
+    if any(isinstance(p, QParameter) for p in model.parameters()):
+        raise SpecError(
+            "predict_memory knows layers of float weights, and some of this model are codes; `measure_memory` counts them."
+        )
     if config.model_type not in _ARCHITECTURES:
         known = ", ".join(_ARCHITECTURES)
         raise SpecError(

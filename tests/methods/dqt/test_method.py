@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from lowbits.analysis import measure_memory
+from lowbits import models
+from lowbits.analysis import measure_memory, predict_memory
 from lowbits.errors import ConversionError, SpecError
 from lowbits.methods import Position
 from lowbits.methods._code_meter import CodeMeter
@@ -226,6 +227,14 @@ def test_the_ledger_counts_real_bytes() -> None:
     assert memory.weights == floats + 64 * 24 + 96 * 16 + 2 * 4
     assert memory.gradients == floats + 2 * 64 * 96 * 2
     assert memory.optimizer == sum(t.untyped_storage().nbytes() for s in optimizer.state.values() for t in s.values())
+
+
+def test_the_ledger_predicts_no_codes() -> None:
+    """Its shapes are those of float weights: a wrong number is worse than none."""
+    model = models.build("gpt2-pico", 64, 32, seed=0)
+    quantize_(model, Grid.of(8))
+    with pytest.raises(SpecError, match="measure_memory"):
+        predict_memory(model, 1, 32)
 
 
 @pytest.mark.parametrize("packing", [None, Packing.FIVE])
