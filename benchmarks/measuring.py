@@ -145,7 +145,7 @@ def release(device: torch.device) -> None:
 
 def copy_gb_per_s(device: torch.device) -> float:
     """Bytes read and written by a copy within the device, 2 GiB on CUDA, in GB/s."""
-    source = torch.ones(2**31 if device.type == "cuda" else 2**27, dtype=torch.uint8, device=device)
+    source = torch.ones(2**31 if device.type == "cuda" else 2**26, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / device_ms(lambda: target.copy_(source), device) / 1e6
 

@@ -18,7 +18,7 @@ the time until the call returns: on CUDA the rates are the device's alone. On a 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -58,7 +58,7 @@ from lowbits.quantizers import (
 from lowbits.recipes import named
 
 CUDA_SIZES = ("16384x2048", "16384x5632", "16384x4096", "16384x14336", "5632x2048", "14336x4096")
-CPU_SIZES = ("1024x512", "704x256")
+CPU_SIZES = ("512x512", "704x256")
 WEIGHTS = ("5632x2048", "14336x4096", "704x256")  # what a weight's own blocks are measured on
 ROWS = {
     "int8 row": QuantSpec(INT8, PerRow()),
@@ -66,6 +66,7 @@ ROWS = {
     "fp8 tensor": QuantSpec(E4M3, PerTensor(), ReciprocalAmax()),
 }
 BLOCKS = ("nvfp4", "mxfp4", "mxfp8", "fp8_block")
+CPU_BLOCKS = ("nvfp4",)
 BLOCK = QuantSpec(E4M3, PerGroup(128), PowerOfTwo())
 TILE = QuantSpec(E4M3, PerTile(128, 128), PowerOfTwo())
 AXES = {"along k": (True, False), "along r": (False, True), "both": (True, True)}
@@ -179,12 +180,12 @@ def block_arms(name: str, recipe: Recipe, weight: bool) -> Iterator[tuple[str, M
             yield f"{label}, unpack", functools.partial(unpacked, spec, transposed)
 
 
-def arms(weight: bool) -> Iterator[tuple[str, Make]]:
-    blocks = {"fp8 128x128": TILE} if weight else {"fp8 1x128": BLOCK}
-    for name, spec in (ROWS | blocks).items():
+def arms(weight: bool, blocks: Sequence[str]) -> Iterator[tuple[str, Make]]:
+    own = {"fp8 128x128": TILE} if weight else {"fp8 1x128": BLOCK}
+    for name, spec in (ROWS | own).items():
         for axes, chosen in AXES.items():
             yield f"{name}, {axes}", functools.partial(along, spec, chosen)
-    for name in BLOCKS:
+    for name in blocks:
         yield from block_arms(name, named(name), weight)
 
 
@@ -192,7 +193,7 @@ def arms(weight: bool) -> Iterator[tuple[str, Make]]:
 
 
 def compiled(function: Callable[..., object], x: Tensor, reads: int) -> Task:
-    run = torch.compile(function, dynamic=False)
+    run = torch.compile(function, dynamic=False) if x.is_cuda else function
     return Task(lambda: run(x), reads, x.nbytes)
 
 
@@ -254,7 +255,7 @@ def bitsandbytes_int8(both: bool, x: Tensor) -> Task:
 
 
 def peer_arms(weight: bool) -> Iterator[tuple[str, str, Make]]:
-    """Name, package, task. Compiled, as their layers are meant to be used."""
+    """Name, package, task. Compiled, as their layers are meant to be used; not on a CPU, where it takes minutes."""
     for axes, chosen in AXES.items():
         yield f"int8 row, {axes}, torchao", "torchao", functools.partial(torchao_int8, chosen)
         yield f"fp8 row, {axes}, torchao", "torchao", functools.partial(torchao_fp8, True, chosen)
@@ -284,17 +285,21 @@ def measure(make: Make, size: tuple[int, ...], device: torch.device, repeat: int
     ms = device_ms(task.work, device, repeat)
     rate = moved / ms / 1e6
     row = {"size": "x".join(map(str, size)), "ms": ms, "bytes": moved, "reads": task.reads, "gb_per_s": rate}
-    return row | {"of_copy": rate / copy, "host_ms": host_ms(task.work, device), "kernel": task.kernel}
+    host = host_ms(task.work, device) if device.type == "cuda" else None
+    return row | {"of_copy": rate / copy, "host_ms": host, "kernel": task.kernel}
 
 
 def main() -> int:
     made = parser(__doc__)
     made.add_argument("--sizes", nargs="+", metavar="RxK", help="of the tensors")
+    made.add_argument("--recipes", nargs="+", metavar="NAME", help="whose block formats; default: " + ", ".join(BLOCKS))
     options = made.parse_args()
     device = torch.device(options.device)
     for name in ("rows", "blocks"):  # loaded, so that Triton's interpreter runs them where it is asked for
         kernels(name)
-    options.sizes = options.sizes or (CUDA_SIZES if device.type == "cuda" else CPU_SIZES)
+    cuda = device.type == "cuda"
+    options.sizes = options.sizes or (CUDA_SIZES if cuda else CPU_SIZES)
+    options.recipes = options.recipes or (BLOCKS if cuda else CPU_BLOCKS)
     absent = {package for package in ("torchao", "bitsandbytes") if options.peers and missing(package)}
     columns = {
         "ms": number("ms", ".3f"), "GB/s": number("gb_per_s", ".4g"), "of copy": number("of_copy", ".0%"),
@@ -305,7 +310,7 @@ def main() -> int:
     report = Report("quantize", device, options, {"copy_gb_per_s": copy}, columns)
     for size, text in zip(sizes(options.sizes, 2), options.sizes, strict=True):
         weight = text in WEIGHTS
-        known = [(name, make, False) for name, make in arms(weight)]
+        known = [(name, make, False) for name, make in arms(weight, options.recipes)]
         if options.peers:
             known += [(name, make, True) for name, package, make in peer_arms(weight) if package not in absent]
         for name, make, peer in known:

@@ -353,7 +353,7 @@ def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
     default = SHAPE_ARMS if options.table == "shapes" else ARMS
     options.arms = options.arms or (default if cuda else ("int8_rowwise", "nvfp4", "w8a8_faithful"))
     options.modes = options.modes or ["compiled" if cuda else "eager"]
-    options.batch = options.batch or (8 if cuda else 2)
+    options.batch = options.batch or (8 if cuda else 1)
     options.warm_up = options.warm_up if options.warm_up is not None else 4 if cuda else 1
     options.repeat = options.repeat or (12 if cuda else 3)
     return options
