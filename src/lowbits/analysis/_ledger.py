@@ -224,7 +224,8 @@ def _check(model: PreTrainedModel) -> None:
     config = model.config
     if any(isinstance(p, QParameter) for p in model.parameters()):
         raise SpecError(
-            "predict_memory knows layers of float weights, and some of this model are codes; `measure_memory` counts them."
+            "predict_memory knows layers of float weights, and some of this model are codes; `measure_memory` counts "
+            "them."
         )
     if config.model_type not in _ARCHITECTURES:
         known = ", ".join(_ARCHITECTURES)
