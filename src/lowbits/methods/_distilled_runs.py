@@ -139,6 +139,11 @@ def attach_source_(model: nn.Module, words: str, folder: str, k: int, temperatur
         raise RunError("distillation: teacher=cached needs cache=FOLDER, which an earlier run with a teacher filled.")
     if folder and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1 and words != CACHED:
         raise RunError("distillation: one process can write a cache; fill it in one, then train with teacher=cached.")
+    if words == SELF and not getattr(getattr(model, "config", None), "_name_or_path", ""):
+        raise RunError(
+            "distillation: teacher=self, but the model has fresh weights, which know nothing. Take a trained one as "
+            "the student (--model FOLDER), or name a teacher: --teacher FOLDER, or none for labels alone."
+        )
     vocabulary = int(getattr(getattr(model, "config", None), "vocab_size", 0))
     teacher, cache = None, None
     if words == SELF:

@@ -40,6 +40,7 @@ from lowbits.methods._contract import Method, Table
 from lowbits.methods._distillation_loss import Mixing
 from lowbits.methods._distilled_runs import (
     FILE,
+    NONE,
     SELF,
     Cut,
     Ends,
@@ -374,4 +375,4 @@ class DifferentiableQuantization(Method):
 
 def example() -> DifferentiableQuantization:
     """Return one that a model of two layers with fresh weights can be trained with."""
-    return DifferentiableQuantization(bits=3, size=32, trained=Trained.ALL)
+    return DifferentiableQuantization(teacher=NONE, bits=3, size=32, trained=Trained.ALL)

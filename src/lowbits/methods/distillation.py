@@ -25,6 +25,7 @@ from lowbits.methods._contract import Method, Position, Table
 from lowbits.methods._distillation_loss import KlMean, Mixing, TopK, distillation_loss
 from lowbits.methods._distilled_runs import (
     FILE,
+    NONE,
     SELF,
     UNQUANTIZED,
     Cut,
@@ -145,4 +146,4 @@ class QuantizedDistillation(Method):
 
 def example() -> QuantizedDistillation:
     """Return one that a model of two layers can be trained with."""
-    return QuantizedDistillation(bits=4, rounding=Rounding.STOCHASTIC, size=32)
+    return QuantizedDistillation(teacher=NONE, bits=4, rounding=Rounding.STOCHASTIC, size=32)

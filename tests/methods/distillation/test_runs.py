@@ -43,6 +43,7 @@ def short(data: Path, **changes) -> Run:
 def network(seed: int = 0):
     torch.manual_seed(seed)
     student = model(300, 32, dropout=0.0)
+    student.config._name_or_path = "a folder"  # as if its weights were trained
     convert_(student, Recipe(), verbose=False)
     return student
 
@@ -76,8 +77,8 @@ def test_points_alone_are_trained(data: Path, teacher: Path, tmp_path: Path) -> 
 
 
 FEW = {
-    "levels": QuantizedDistillation(bits=3, size=32, ends=Ends.KEPT, backward=Backward.TRUNCATED),
-    "points": DifferentiableQuantization(bits=2, cut=Cut.GROUP, size=8),
+    "levels": QuantizedDistillation(teacher="none", bits=3, size=32, ends=Ends.KEPT, backward=Backward.TRUNCATED),
+    "points": DifferentiableQuantization(teacher="none", bits=2, cut=Cut.GROUP, size=8),
 }
 
 
@@ -129,7 +130,7 @@ def test_points_are_shared_out_by_gradient(data: Path, teacher: Path, tmp_path: 
 
 
 def test_two_runs_have_the_same_file(data: Path, tmp_path: Path) -> None:
-    run = short(data, method=QuantizedDistillation(bits=2, size=32))
+    run = short(data, method=QuantizedDistillation(teacher="none", bits=2, size=32))
     for name in "ab":
         train(run, tmp_path / name)
     assert state_bytes(tmp_path / "a") == state_bytes(tmp_path / "b")
@@ -207,6 +208,8 @@ def test_bad_teachers_are_named_before_training(teacher: Path, tmp_path: Path) -
     student = model(999, 32)
     with pytest.raises(ShapeError, match="teacher's vocabulary has 300 entries, the student's 999"):
         QuantizedDistillation(teacher=str(teacher)).prepare_(student, 0)
+    with pytest.raises(RunError, match="fresh weights, which know nothing"):
+        QuantizedDistillation().prepare_(model(300, 32), 0)
     with pytest.raises(RunError, match="needs cache=FOLDER"):
         QuantizedDistillation(teacher="cached").prepare_(network(), 0)
     with pytest.raises(RunError, match="there is none"):

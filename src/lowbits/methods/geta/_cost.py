@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from lowbits.methods.geta._calls import Call
-from lowbits.methods.geta._construct import InputQuantizer, PackedWeight, SubNetwork
+from lowbits.methods.geta._construct import PackedWeight, SubNetwork
 from lowbits.methods.geta._graph import Graph
 from lowbits.methods.geta._trace import values_of
 
@@ -106,11 +106,9 @@ def cost(small: SubNetwork, args: Sequence[Any] = (), kwargs: Mapping[str, Any] 
     """
     works = _works(small.network, values_of(small.network, args, kwargs or {}))
     packed = [module for module in small.modules() if isinstance(module, PackedWeight)]
-    inside = {id(buffer) for module in small.modules() if isinstance(module, InputQuantizer | PackedWeight)
-              for buffer in module.buffers()}  # fmt: skip
-    plain = sum(b.numel() for b in small.buffers() if id(b) not in inside and b.is_floating_point())
+    plain = sum(p.numel() for p in small.parameters())
     counts = [(math.prod(module.shape), module) for module in packed]
-    stored = sum(buffer.nbytes for buffer in small.buffers())
+    stored = sum(tensor.nbytes for tensor in small.state_dict().values())
     saved = sum(module.codes.nbytes - -(-count * module.bits // 8) for count, module in counts)
     return Cost(works, plain + sum(count for count, _ in counts), stored, stored - saved)
 
