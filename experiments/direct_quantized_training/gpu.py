@@ -29,7 +29,7 @@ from lowbits.errors import RunError
 from lowbits.methods.dqt import Environment
 from lowbits.nn import Execution
 
-OTHER_LR, VALIDATION = 1e-3, 32
+OTHER_LR, VALIDATION = 1e-3, 256  # sequences
 SEARCHED = ("fp", "bitnet", "dqt_8", "dqt_ternary")
 LIKE = {"rtn_ternary": "dqt_ternary", "frozen_ternary": "dqt_ternary"}
 NAMES = (*SEARCHED, *LIKE)
@@ -61,9 +61,9 @@ class Sizes:
     batch: int
     length: int
 
-    def plan(self, tokens: TokenData, steps: int) -> Plan:
+    def plan(self, tokens: TokenData, steps: int, sequences: int) -> Plan:
         shape = replace(self.shape, vocab=max(self.shape.vocab, -(-tokens.vocab_size // 8) * 8))
-        return Plan(shape, steps, max(1, steps // 10), OTHER_LR, half=True, validation=max(1, VALIDATION // self.batch))
+        return Plan(shape, steps, max(1, steps // 10), OTHER_LR, half=True, validation=max(1, sequences // self.batch))
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def one(sizes: Sizes, job: Job) -> None:
     once(sizes.out, job.key, lambda: told | {"result": trained(sizes, job)})
 
 
-def trained(sizes: Sizes, job: Job) -> Result:
+def trained(sizes: Sizes, job: Job, sequences: int = VALIDATION) -> Result:
     tokens = TokenData.open(sizes.data)
     torch.backends.cuda.matmul.allow_tf32 = True
 
@@ -129,7 +129,7 @@ def trained(sizes: Sizes, job: Job) -> Result:
         seed = job.seed if split == "train" else 0
         return tokens.batch(split, index, batch_size=sizes.batch, block=sizes.length, seed=seed).to(DEVICE)
 
-    return run(arm_of(job.name), sizes.plan(tokens, job.steps), job.lr, job.seed, batch, DEVICE)
+    return run(arm_of(job.name), sizes.plan(tokens, job.steps, sequences), job.lr, job.seed, batch, DEVICE)
 
 
 def rates(out: Path, short: int) -> dict[str, float]:
@@ -154,7 +154,7 @@ def speed(sizes: Sizes, names: Sequence[str], results: Path) -> None:
     setting = {"shape": asdict(sizes.shape), "batch": sizes.batch, "length": sizes.length, "steps": sizes.steps}
     file = Ways("gpu_speed", setting, lambda ways: saved(ways, sizes.shape), DEVICE, results)
     for name in names:
-        found = trained(sizes, Job(name, 1e-3, 0, sizes.steps))
+        found = trained(sizes, Job(name, 1e-3, 0, sizes.steps), 1)
         keys = ("resident_bytes", "peak_bytes", "weight_bytes", "state_bytes", "step_ms")
         tokens = 1000 * sizes.batch * sizes.length / found["step_ms"]
         file.add(name, {key: found[key] for key in keys} | {"tokens_per_second": tokens})
