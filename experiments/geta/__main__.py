@@ -36,7 +36,7 @@ def arguments() -> argparse.Namespace:
         command = commands.add_parser(name)
         command.add_argument("--data", type=Path, required=True)
         command.add_argument("--out", type=Path, required=True, help="folder of the runs")
-        command.add_argument("--steps", type=int, help="of every run, instead of the default")
+        command.add_argument("--steps", type=int, help="of every run, 70 at least")
         command.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
         command.add_argument("--only", type=int, help="carry out this seed alone; the others are another process's")
     for name, command in commands.choices.items():

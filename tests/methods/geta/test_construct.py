@@ -26,7 +26,7 @@ def test_cut_networks_equal_masked_ones(name: str, seeds: range) -> None:
         want, got = outputs(masked, inputs(seed)), outputs(small, inputs(seed))
         assert (want - got).abs().max() <= 1e-5 * max(1.0, float(want.abs().max()))
         before = sum(p.numel() for p in model.parameters())
-        assert sum(b.numel() for b in small.buffers()) < before
+        assert sum(p.numel() for p in small.parameters()) < before
         assert not torch.allclose(want, outputs(model, inputs(seed)))  # something was cut that mattered
 
 
@@ -41,6 +41,20 @@ def test_with_quantizers_as_well(name: str) -> None:
     want, got = outputs(model, inputs(3)), outputs(small, inputs(3))
     assert (want - got).abs().max() <= 1e-5 * max(1.0, float(want.abs().max()))
     assert set(small.bits.values()) == {5} and len(small.bits) == len(geta.quantized_layers(model))
+
+
+@pytest.mark.parametrize("name", ["vgg", "llama"])
+def test_a_network_of_halves(name: str) -> None:
+    """Masked and cut networks in bfloat16 differ by roundings alone; weights come out in bfloat16."""
+    model = copy.deepcopy(example(name).model).bfloat16()
+    first = {key: v.bfloat16() if v.is_floating_point() else v for key, v in example(name).inputs(0).items()}
+    graph = geta.trace(model, (), {key: v[:2] for key, v in first.items()})
+    geta.quantize_(model, bits=6)
+    keep = random_keep(graph, 3)
+    small = geta.construct(graph, model, keep)
+    graph.zero_(model, keep)
+    want, got = outputs(model, first), outputs(small, first)
+    assert got.dtype == torch.bfloat16 and (want - got).abs().max() <= 0.02 * want.abs().max()
 
 
 @pytest.mark.parametrize("name", ["mixed", "llama", "bert"])

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -35,6 +36,10 @@ def test_bops_and_bytes_are_an_independent_counters(name: str) -> None:
     assert found.bops == sum(w.macs * w.weight_bits * 32 for w in found.works if w.layer)
     assert found.complete_bops - found.bops == sum(w.macs * 32 * 32 for w in found.works if not w.layer)
     assert found.stored_bytes == sum(t.nbytes for t in small.state_dict().values())
+    kept = graph.kept_slices(random_keep(graph, 3))
+    named = dict(model.named_parameters(remove_duplicate=False))  # a tied one is in the graph once
+    left = [math.prod(int(mask.sum()) for mask in kept[name]) for name in graph.parameter_nodes if name in named]
+    assert found.parameters == sum(left)
     assert found.logical_bytes < found.stored_bytes < geta.dense_cost(graph).stored_bytes
 
 
