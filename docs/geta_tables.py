@@ -74,6 +74,7 @@ def arms(name: str, key: str) -> str:
     ]
     setting = told["setting"]
     words = "; ".join(f"{name.replace('_', ' ')} {value}" for name, value in setting.items())
+    words += "" if told.get("complete", True) else "; **not all runs are done**"
     return f"{table(header, rows)}\n{words}. {origin(told)}\n"
 
 
@@ -92,11 +93,12 @@ def overhead() -> str:
     told = found("overhead")
     if not told:
         return ABSENT
-    keys = ("plain_ms", "joint_ms", "ratio", "optimizer_ms", "joint_optimizer_ms")
+    keys = ("plain_ms", "joint_ms", "ratio", "optimizer_ms", "joint_optimizer_ms", "choosing_ms")
     rows = [
         [f["provenance"]["device"], r["model"], *(f"{r[key]:.2f}" for key in keys)] for f in told for r in f["rows"]
     ]
-    header = ["device", "network", "plain, ms", "joint, ms", "ratio", "optimizer's part, ms", "joint optimizer's, ms"]
+    header = ["device", "network", "plain, ms", "joint, ms", "ratio", "optimizer's part, ms", "joint optimizer's, ms",
+              "step that chooses units, ms"]  # fmt: skip
     return f"{table(header, rows)}\n{' '.join(origin(f) for f in told)}\n"
 
 
