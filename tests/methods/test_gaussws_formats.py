@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lowbits.errors import CheckpointError, ConversionError, RunError
+from lowbits.errors import CheckpointError, ConversionError, FormatError, RunError
 from lowbits.formats import BF16, E2M1, E2M3, E3M2, E4M3, FloatFormat
 from lowbits.methods._pseudo_noise._blocks import to_blocks
 from lowbits.methods._pseudo_noise._circuit import Fidelity
@@ -233,8 +233,21 @@ def test_what_cannot_be_exported_or_read(tmp_path: Path) -> None:
         load_ladder(path)
     with pytest.raises(RunError, match="cannot be written"):
         save_ladder(trained(), tmp_path / "absent" / "model.safetensors")
+    broken = trained()
+    broken[0].weight.data[0, 0] = torch.nan  # type: ignore[index, union-attr]
+    with pytest.raises(FormatError, match=r"0: block \(0, 0\) of its weight is not finite"):
+        save_ladder(broken, path)
+    from safetensors import safe_open
     from safetensors.torch import save_file
 
+    path.write_bytes(before)
+    with safe_open(path, "pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    other = {**tensors, "0.weight.rungs": tensors["0.weight.rungs"] ^ 4}
+    for damaged in (other, {name: t for name, t in tensors.items() if name != "0.weight.codes"}):
+        save_file(damaged, path, metadata)
+        with pytest.raises(CheckpointError, match=r"is damaged: 0\.weight has \["):
+            load_ladder(path)
     save_file({"a": torch.zeros(1)}, path)
     with pytest.raises(CheckpointError, match="is no export of this version"):
         load_ladder(path)

@@ -167,6 +167,7 @@ def save_ladder(
         ladder: formats of `LADDER` and `SMALLEST_LADDER`, the smallest first.
     Raises:
         ConversionError: no weight of the model has noise, so nothing says what it may be stored in.
+        FormatError: a weight is not finite; names layer and block.
         RunError: the file cannot be written; an older one stands as it was.
     """
     from safetensors.torch import save
@@ -188,6 +189,7 @@ def save_ladder(
         stored[id(tensor)] = name
         if id(tensor) in own:
             weight = own[id(tensor)]
+            weight.check_finite(tensor)
             rungs = choose_rungs(weight.bits(), aggregate, ladder)
             tensors |= _pack(name, tensor, rungs, weight.plan.block, ladder)
             layout["weights"][name] = [list(tensor.shape), list(weight.plan.block)]
@@ -229,6 +231,7 @@ def load_ladder(path: str | Path) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     ladder = tuple(BY_NAME[name] for name in layout["ladder"])
     for name, (shape, block) in layout["weights"].items():
+        _check_parts(Path(path), name, tensors, (shape[0], shape[1]), (block[0], block[1]), ladder)
         state[name] = _unpack(name, tensors, (shape[0], shape[1]), (block[0], block[1]), ladder)
     state |= tensors
     return state | {name: state[other] for name, other in layout["same"].items()}
@@ -257,6 +260,26 @@ def _pack(name: str, w: Tensor, rungs: Tensor, block: Block, ladder: tuple[Float
         f"{name}.exponents": torch.cat([none, *exponents]),
         f"{name}.codes": torch.cat([none, *streams]),
     }
+
+
+def _check_parts(
+    path: Path, name: str, tensors: dict[str, Tensor], shape: Block, block: Block, ladder: tuple[FloatFormat, ...]
+) -> None:
+    """Raise unless a weight's parts are there and as long as the choice of formats says."""
+    parts = [tensors.get(f"{name}.{part}") for part in ("rungs", "exponents", "codes")]
+    lengths, (down, across) = [-1 if part is None else part.numel() for part in parts], counts(shape, block)
+    expected = [-(-down * across // 2), 0, 0]
+    if parts[0] is not None and lengths[0] == expected[0]:
+        chosen = torch.from_numpy(unpack_bits(parts[0].numpy(), 4, down * across).astype("int64")).view(down, across)
+        sizes = elements(shape, block)
+        for place, fmt in enumerate(ladder):
+            expected[1] += int((chosen == place).sum()) if fmt != BF16 else 0
+            expected[2] += -(-int(sizes[chosen == place].sum()) * fmt.bits // 8)
+    if lengths != expected:
+        raise CheckpointError(
+            f"{path} is damaged: {name} has {lengths} bytes of formats, exponents and codes, and its formats ask for "
+            f"{expected}. Export the model again."
+        )
 
 
 def _unpack(
