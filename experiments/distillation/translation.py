@@ -23,7 +23,7 @@ class Translation(Task):
     """Sequence to sequence; padding of the targets counts nowhere."""
 
     name, unit, higher_is_better = "translation", "validation loss, nats a word", False
-    plan = Plan(bits=(4, 2), qd=("64",), steps=400, teacher_steps=900, dq_steps=60, lr=1e-2, teacher_lr=5e-3,
+    plan = Plan(bits=(4, 2), qd=("64",), steps=1000, teacher_steps=1500, dq_steps=150, lr=1e-2, teacher_lr=5e-3,
                 temperature=1.0)  # fmt: skip
 
     def __init__(self, folder: Path) -> None:
