@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -22,11 +23,14 @@ from lowbits.nn import (
     Gemm,
     Recipe,
     Save,
+    _gemms,
+    _weight_copies,
     convert_,
     high_precision,
     quantized_layers,
     set_phase_,
     set_step_,
+    weights_quantized_once,
 )
 from lowbits.quantizers import AbsMean, PerColumn, PerGroup, PerRow, PerTensor, QuantSpec, Rounding
 from lowbits.recipes import NAMED, named
@@ -298,3 +302,23 @@ def test_the_blocks_of_a_model_share_one_graph_without_a_break():
         block.compile(fullgraph=True, backend="aot_eager")
     model(input_ids=torch.zeros(1, 8, dtype=torch.int64), use_cache=False).logits.sum().backward()
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("conv1d", [True, False])
+def test_weights_quantized_once_change_no_bit(conv1d, monkeypatch):
+    """Each layer's weight is quantized once for two passes instead of twice."""
+    calls = []
+    model = nn.Sequential(*make(named("int8_rowwise"), conv1d), nn.Tanh(), nn.Linear(12, 3))
+    x, g = torch.randn(7, 20), torch.randn(7, 3)
+    for module in (_gemms, _weight_copies):
+        inner = module.quantize_both
+        monkeypatch.setattr(module, "quantize_both", lambda *args, f=inner: calls.append(args[0].shape) or f(*args))
+    results = []
+    for once in (False, True):
+        calls.clear()
+        model.zero_grad()
+        with weights_quantized_once(model) if once else nullcontext():
+            passes = [run(model, x * scale, g)[:2] for scale in (1.0, 0.5)]
+        results.append([*passes[0], *passes[1], model[0].weight.grad.clone(), len(calls)])
+    assert all(torch.equal(a, b) for a, b in zip(results[0][:-1], results[1][:-1], strict=True))
+    assert (results[0][-1], results[1][-1]) == (2 * 3, 1 + 2 * 2) and model[0].copies is None

@@ -61,16 +61,16 @@ def sqnr(x: Tensor, x_hat: Tensor) -> float:
 def test_the_numbers_are_those_of_what_was_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
     """Against float64 sums over the very operands, spied on where the layer makes them."""
     seen: dict[str, list[tuple[Tensor, QTensor]]] = {}
-    from lowbits.nn import _linear
+    from lowbits.nn import _gemms
 
-    original = _linear._observed
+    original = _gemms._observed
 
     def spy(plan: Any, role: str, x: Tensor, q: QTensor) -> QTensor:
         if plan.layer_name == LAYER:
             seen.setdefault(role, []).append((x.detach().clone(), q))
         return original(plan, role, x, q)
 
-    monkeypatch.setattr(_linear, "_observed", spy)
+    monkeypatch.setattr(_gemms, "_observed", spy)
     model, sample = watch(named("nvfp4"))
     found = layer_errors(model, errors_by_operand([sample.transfer()]))[LAYER]
     assert set(seen) == {f"{gemm}.{side}" for gemm in ("fprop", "dgrad", "wgrad") for side in ("lhs", "rhs")}

@@ -13,6 +13,7 @@ from lowbits.nn._qparameter import QParameter
 from lowbits.nn._recipe import Gemm, Recipe, Save
 from lowbits.nn._steps_of_weights import StepInit, StepRule, normal_parameter, normal_values, quantize_parameter
 from lowbits.nn._sub_norm import sub_norm_
+from lowbits.nn._weight_copies import weights_quantized_once
 from lowbits.nn._weight_view import WeightView
 
 __all__ = [
@@ -52,4 +53,5 @@ __all__ = [
     "stable_embedding_",
     "store_parts_",
     "sub_norm_",
+    "weights_quantized_once",
 ]

@@ -65,21 +65,29 @@ class QuantizedMatmul(torch.autograd.Function):
     """y[M, N] = x[M, K] w[N, K]^T and its two backward GEMMs, each operand quantized as the recipe says."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, noise: Tensor, plan: Plan) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, w: Tensor, noise: Tensor, plan: Plan, *copies: Tensor) -> Tensor:  # type: ignore[override]
         keeps_codes = plan.recipe.save is Save.QUANTIZED
-        early = plan.trains and not keeps_codes
+        early, ctx.nothing = plan.trains and not keeps_codes, (None,) * len(copies)
         late_x = "wgrad.rhs" if early and ctx.needs_input_grad[1] and plan.coded("wgrad.rhs") else None
         late_w = "dgrad.rhs" if early and ctx.needs_input_grad[0] and plan.coded("dgrad.rhs") else None
         x_k, x_r = _both(x, "fprop.lhs", late_x, plan, noise)
-        w_k, w_r = _both(w, "fprop.rhs", late_w, plan, noise)
+        w_k, w_r = _copied(copies, w, plan) if copies else _both(w, "fprop.rhs", late_w, plan, noise)
         assert x_k is not None and w_k is not None
         kept = (x_k, w_k) if keeps_codes else (x if x_r is None else x_r, w if w_r is None else w_r)
         _keep_for_backward(ctx, plan, noise, *kept, w.dtype)
         return scaled_mm(x_k, w_k, plan.dtype)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # type: ignore[override]
-        return *_backward(ctx, g), None, None
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return *_backward(ctx, g), None, None, *ctx.nothing
+
+
+def _copied(copies: tuple[Tensor, ...], w: Tensor, plan: Plan) -> tuple[Coded, Coded]:
+    """The weight's operands of fprop and dgrad, made before."""
+    along_in, along_out = plan.spec("fprop.rhs"), plan.spec("dgrad.rhs")
+    assert along_in is not None and along_out is not None
+    codes_in, scale_in, codes_out, scale_out = copies
+    return Coded(codes_in, scale_in, along_in, w.shape[1]), Coded(codes_out, scale_out, along_out, w.shape[0])
 
 
 class PlainForward(torch.autograd.Function):

@@ -48,6 +48,7 @@ class QuantizedLinear(nn.Linear):
         weight_fn: None, or a module whose result stands for the weight in all three GEMMs: learned or noisy quantizers.
             It is differentiated as usual, and takes the weight as it is stored.
         keep_weight: False where the backward pass shall make the result of `weight_fn` again instead of keeping it.
+        copies: of the quantized weight, see `weights_quantized_once`.
     """
 
     recipe = property(_own, _assign)
@@ -59,6 +60,7 @@ class QuantizedLinear(nn.Linear):
     observer: Observer | None = None
     weight_fn: nn.Module | None
     keep_weight: bool = True
+    copies: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 
     def forward(self, input: Tensor) -> Tensor:
         """Return input W^T + b in the compute dtype, [..., in] -> [..., out]."""
@@ -81,6 +83,7 @@ class QuantizedConv1D(nn.Module):
     observer: Observer | None = None
     weight_fn: nn.Module | None
     keep_weight: bool = True
+    copies: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
     weight: nn.Parameter
     bias: nn.Parameter
 
@@ -135,6 +138,8 @@ def quantized_linear(layer: QuantizedLayer, x: Tensor, weight: Tensor) -> Tensor
     plan = Plan(recipe, recipe.native(x.device), dtype, name, layer.observer, torch.is_grad_enabled())
     if not any(recipe.fprop):
         return PlainForward.apply(x.to(dtype), weight, layer.bias, layer.noise, plan)
-    y = QuantizedMatmul.apply(x.reshape(-1, x.shape[-1]).to(dtype), weight, layer.noise, plan)
+    ready = layer.copies is not None and layer.observer is None and plan.native[:2] == (True, True)
+    copies = layer.copies if ready and layer.copies is not None else ()
+    y = QuantizedMatmul.apply(x.reshape(-1, x.shape[-1]).to(dtype), weight, layer.noise, plan, *copies)
     y = y.view(*x.shape[:-1], weight.shape[0])
     return y if layer.bias is None else y + layer.bias.to(dtype)

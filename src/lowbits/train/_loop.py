@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lowbits import models
 from lowbits.analysis import measure_memory
 from lowbits.data import TokenData, check_vocabulary, prepare
 from lowbits.errors import RunError
-from lowbits.nn import Conversion, Execution, convert_
+from lowbits.methods import Method
+from lowbits.nn import Conversion, Execution, convert_, weights_quantized_once
 from lowbits.optim import AdamW
 from lowbits.train._batch import Batches
 from lowbits.train._checkpoint import newest_intact, tidy, write_checkpoint
@@ -256,13 +257,11 @@ def _step(t: _Training, interrupts: Interrupts, sample: Sample | None) -> tuple[
     losses = []
     if sample is not None and run.compute.compile:  # another graph would round differently
         sample.measure_apart(lambda: t.batches.loss(t.model, step))
-    for micro in range(run.accumulation):
-        with unsynchronized(t.network) if micro + 1 < run.accumulation else nullcontext():
-            watched = sample is not None and micro == 0 and not run.compute.compile
-            with sample.watching() if sample is not None and watched else nullcontext():
-                loss = t.batches.loss(t.network, step, micro)
-            (loss / run.accumulation).backward()
-        losses.append(loss.detach())
+    # A method may change the weights before each forward pass.
+    again = run.accumulation > 1 and type(run.method) is Method
+    with weights_quantized_once(t.model) if again else nullcontext():
+        for micro in range(run.accumulation):
+            losses.append(_micro_step(t, micro, sample))
     # One reduction for what all processes must agree on, one transfer for what the host must know.
     mean = torch.stack(losses).mean()
     shared = torch.stack([mean, mean.new_tensor(float(interrupts.caught is not None))])
@@ -280,6 +279,17 @@ def _step(t: _Training, interrupts: Interrupts, sample: Sample | None) -> tuple[
     t.progress.step += 1
     t.progress.tokens += run.tokens_per_step
     return mean_loss, grad_norm, stop > 0
+
+
+def _micro_step(t: _Training, micro: int, sample: Sample | None) -> Tensor:
+    """Run one micro-batch forward and backward; return its loss."""
+    run = t.run
+    with unsynchronized(t.network) if micro + 1 < run.accumulation else nullcontext():
+        watched = sample is not None and micro == 0 and not run.compute.compile
+        with sample.watching() if sample is not None and watched else nullcontext():
+            loss = t.batches.loss(t.network, t.progress.step, micro)
+        (loss / run.accumulation).backward()
+    return loss.detach()
 
 
 def _log_step(t: _Training, loss: float, grad_norm: float) -> None:
