@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from experiments import checks as checks_file
 from experiments.geta import arms
+from experiments.geta.runs import Study
 from lowbits.cli import main
 from lowbits.errors import SpecError
 from lowbits.methods import Position, geta
@@ -137,6 +140,28 @@ def test_all_arms_have_the_budget_that_they_say() -> None:
         assert found["pruned"] == int(arm.sparsity * 32) and found["units"] == 32
         if name != "dense":
             assert arm.lowest <= found["mean_bits"] <= arm.highest and found["relative_bops"] < 0.3
+
+
+def test_results_grow_with_their_runs(tmp_path: Path) -> None:
+    names = ("dense", "GETA 50 %, 4 bits")
+
+    def study(steps: int) -> Study:
+        task = Tiny()
+        task.steps = steps
+        claim = checks_file.Check("x", "is told once all is there", "", True)
+        own = {name: arms.ARMS[name] for name in names}
+        return Study("tiny", task, lambda _: own, lambda _: [claim], {}, tmp_path / "runs", tmp_path / "results")
+
+    study(80).carry_out_one(1, (0, 1))
+    (path,) = (tmp_path / "results").glob("*/geta_tiny.json")
+    found = json.loads(path.read_text(encoding="utf-8"))
+    assert not found["complete"] and not found["checks"] and [len(r) for r in found["runs"].values()] == [1, 1]
+    before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "runs").iterdir()}
+    study(80).carry_out((0, 1))
+    found = json.loads(path.read_text(encoding="utf-8"))
+    assert found["complete"] and len(found["checks"]) == 1 and [len(r) for r in found["runs"].values()] == [2, 2]
+    assert all((tmp_path / "runs" / name).stat().st_mtime_ns == at for name, at in before.items())
+    assert not study(90).collected((0, 1))  # runs of another length are not taken for these
 
 
 def test_ranges_are_fitted_to_the_least_error() -> None:
