@@ -24,7 +24,7 @@ def bit_metrics(model: nn.Module) -> dict[str, float]:
     bits = torch.cat([weight.bits().flatten() for weight in found])
     bounds = torch.cat(
         [torch.full((weight.b_i.numel(),), weight.plan.most_bits) for weight in found if weight.b_i is not None]
-    )  # noqa: E501
+    )
     hits = ((bits <= FEWEST_BITS) | (bits >= bounds.to(bits.device))).float().mean()
     told = torch.stack([bits.mean(), bits.amin(), bits.amax(), hits]).tolist()
     return dict(zip(("bits", "bits, lowest", "bits, highest", "blocks at a bound"), told, strict=True))
@@ -66,7 +66,7 @@ def _layers(found: dict[str, tuple[nn.Parameter, NoisyWeight]]) -> Table:
         kept, untouched = survival(w, weight)
         rows.append(
             (name, bits.numel(), bits.mean().item(), bits.amin().item(), bits.amax().item(), low, high, kept, untouched)
-        )  # noqa: E501
+        )
     columns = ("layer", "blocks", "mean bits", "lowest", "highest", "at the lower bound", "at the upper bound")
     shares = ("noise that survives the cast", "weights left as they are")
     note = (

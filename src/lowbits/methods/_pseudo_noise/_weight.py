@@ -154,7 +154,7 @@ class _Noisy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, w: Tensor, b_i: Tensor, counter: Tensor, plan: str, origin: Block, dtype: torch.dtype
-    ) -> Tensor:  # type: ignore[override]  # noqa: E501
+    ) -> Tensor:  # type: ignore[override]
         y, slopes = (_add_noise_op if torch.compiler.is_compiling() else add_noise)(
             w, b_i, counter, plan, origin, dtype
         )
@@ -178,7 +178,7 @@ class _NoisyThroughMax(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, w: Tensor, b_i: Tensor, counter: Tensor, plan: str, origin: Block, dtype: torch.dtype
-    ) -> Tensor:  # type: ignore[override]  # noqa: E501
+    ) -> Tensor:  # type: ignore[override]
         y, slopes = _add_noise_op(w, b_i, counter, plan, origin, dtype)
         ctx.save_for_backward(slopes, counter, w, b_i)
         ctx.plan, ctx.origin, ctx.dtypes = plan, origin, (w.dtype, b_i.dtype)
