@@ -98,6 +98,17 @@ def test_without_gradient_no_code_moves(grid: Grid, dtype: torch.dtype) -> None:
     assert torch.equal(p.codes, before)
 
 
+def test_without_gradient_no_code_moves_whatever_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """U3: D q / D is not always q in floats; a draw of 0 rounds all that lies above an integer up."""
+    monkeypatch.setattr(Noise, "uniform", lambda *_, **__: torch.zeros(64, 256))
+    steps = torch.rand(64, generator=torch.Generator().manual_seed(0)) + 1e-3
+    p = nn.Parameter(QParameter.of(torch.arange(-128, 128, dtype=torch.int8).repeat(64, 1), steps, GRIDS[0]))
+    before, p.grad = p.codes.clone(), torch.zeros(64, 256)
+    assert ((p.dequantize() / p.step) % 1 > 0).any()
+    optim.Lion([p], lr=0.1, weight_decay=0.0).step()
+    assert torch.equal(p.codes, before)
+
+
 def test_rounding_to_nearest_loses_small_steps() -> None:
     """R7: steps of 0.3 codes vanish under nearest and arrive in the mean under stochastic rounding."""
     moved = {}
