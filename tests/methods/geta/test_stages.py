@@ -159,6 +159,25 @@ def test_a_run_resumed_in_any_stage_is_the_same_run(name: str, stop: int) -> Non
         again_qasso.load_state_dict(wrong)
 
 
+def test_replicas_take_the_choice_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    mine, told = [], torch.arange(46) % 6 == 5
+
+    def broadcast(units: Tensor, source: int) -> None:
+        assert source == 0
+        mine.append(units.bool())
+        units.copy_(told)
+
+    model, graph = prepared()
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    qasso = geta.Qasso(model, graph, TARGET, SCHEDULE)
+    qasso.attach(optimizer)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "broadcast", broadcast)
+    train(model, optimizer, batches()[: SCHEDULE.warm_up + SCHEDULE.projection + 1])
+    assert len(mine) == 1 and int(mine[0].sum()) == 7 and not torch.equal(mine[0], told)
+    assert torch.equal(qasso.progress.doomed, told)
+
+
 def test_flipping_the_signs_of_the_weights_changes_no_forgetting_rate() -> None:
     """A11: the authors' code looks at a signed mean, and forgets groups of negative mean at once."""
     found = []

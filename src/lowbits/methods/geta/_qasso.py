@@ -253,6 +253,11 @@ class Qasso:
         live = ~self.progress.pruned.cpu()
         chosen = lowest(self.score(*sums).cpu(), live, self.sizes, self.target, number)
         self.progress.doomed.copy_(chosen)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            # Sums on a GPU depend on the order of its threads: replicas must not choose other units by a rounding.
+            units = self.progress.doomed.to(torch.uint8)
+            torch.distributed.broadcast(units, 0)
+            self.progress.doomed.copy_(units)
         self._doomed = None
         self._before = self.doomed_rows().gather(self._before)
 
