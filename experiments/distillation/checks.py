@@ -141,7 +141,10 @@ def write(task: Task, runs: Runs, device: torch.device, results: Path = RESULTS)
     kinds = (orderings(runs, task.plan, task.higher_is_better), thresholds(task.name, runs), published(task, runs))
     found = [one for kind in kinds for one in kind]
     save_runs(task, runs, device, results, found)  # so that a run that is cut off now has everything else
-    path = save_runs(task, runs, device, results, found, task.afterwards(0))
+    once = task.afterwards(0)
+    if (added := once.get("share of a step that levels add, %")) is not None:
+        found.append(check("H200", "levels add at most 15 % to a step", [added], lambda x: x <= 15))
+    path = save_runs(task, runs, device, results, found, once)
     tell(path, found)
     return path
 
