@@ -83,8 +83,9 @@ def measure(
     return row
 
 
-def finish(row: Row, base: Row | None) -> Row:
+def finish(row: Row, base: Row | None, gemm: float) -> Row:
     """Add ratios to bf16, and what they mean."""
+    row["of_bf16_gemm"] = row["tflops"] / gemm
     if base is None:
         return row
     ratios = {f"{key}_over_bf16": base[key] / row[key] for key in ("ms", "device_ms") if key in row}
@@ -129,9 +130,11 @@ def table(arms: dict[str, tuple[Convert | None, bool]], options: argparse.Namesp
     columns: dict[str, Callable[[Row], str]] = {
         "ms": number("ms", ".3f"), "over bf16": number("ms_over_bf16"), "device ms": number("device_ms", ".3f"),
         "over bf16, device": number("device_ms_over_bf16"), "TFLOP/s": number("tflops", ".4g"),
+        "of bf16 GEMM": number("of_bf16_gemm", ".0%"),
         "": lambda row: row.get("advice", ""),
     }  # fmt: skip
-    ceilings = {"copy_gb_per_s": copy_gb_per_s(device), "gemm_tflops": gemm_tflops(device)}
+    rates = gemm_tflops(device)
+    ceilings = {"copy_gb_per_s": copy_gb_per_s(device), "gemm_tflops": rates}
     report = Report("linear", device, options, ceilings, columns)
     for mode in options.modes:
         for label, shape in shapes(options.shapes).items():
@@ -142,7 +145,9 @@ def table(arms: dict[str, tuple[Convert | None, bool]], options: argparse.Namesp
                 if (peer and mode == "eager") or not (report.wants(key) or name == "bf16"):
                     continue
                 task = functools.partial(measure, convert, shape, mode, options, device)
-                row = report.measure(key, lambda task=task, base=base: finish(task(), base), may_fail=peer)
+                row = report.measure(
+                    key, lambda task=task, base=base: finish(task(), base, rates["bf16"]), may_fail=peer
+                )
                 base = row if name == "bf16" else base
     return report.show(f"One linear layer, forward and backward, {options.tokens} tokens")
 

@@ -218,7 +218,19 @@ class Report:
             row, self.failed = {"failed": first_line(error)}, self.failed or not may_fail
         self.store(key, row)
         print("  ".join([f"{key:64}", *(f"{head} {text}" for head, text in self._cells(row))]), flush=True)
+        if "failed" in row:
+            self._check_device(key)
         return None if "failed" in row else row
+
+    def _check_device(self, key: str) -> None:
+        """After an illegal access nothing runs any more: better no rows than rows that fail for another's sake."""
+        try:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+        except RuntimeError as error:
+            raise SystemExit(
+                f"{key} broke the GPU's context ({first_line(error)}); leave it out with --only"
+            ) from error
 
     def store(self, key: str, row: Row) -> None:
         """Store a row, in place of an earlier one of this key."""
@@ -246,7 +258,7 @@ class Report:
             cells = ["failed"] if "failed" in row else [text for _, text in self._cells(row)]
             table.add_row(key, *cells)
         console = Console()
-        (console if console.is_terminal else Console(width=160)).print(table)
+        (console if console.is_terminal else Console(width=190)).print(table)
         print(f"wrote {self.path}")
         return int(self.failed)
 

@@ -19,6 +19,7 @@ how few blocks there are); gradients of the last block's result are random norma
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import gc
 import itertools
@@ -26,84 +27,24 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import curves
 import torch
 from measuring import FAILURES, Report, Row, copy_gb_per_s, first_line, gemm_tflops, missing, number, parser
 from peers import TORCHAO, Convert
+from shapes import SHAPES, WIDTHS, Shape
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
-from lowbits.nn import convert_, set_step_
+from lowbits.nn import convert_, set_step_, weights_quantized_once
 from lowbits.recipes import named
 
 ARMS = ("fp8_rowwise", "fp8_tensorwise", "fp8_block", "int8_rowwise", "nvfp4", "w8a8_faithful")
 SHAPE_ARMS = ("fp8_rowwise", "int8_rowwise", "nvfp4")
 GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A model.
-
-    Args:
-        width: of the residual stream.
-        ffn: width of the feed-forward layers.
-        heads: of attention.
-        layers: blocks.
-        key_heads: heads of keys and values; 0 for as many as `heads`.
-        vocabulary: tokens; 0 for blocks alone.
-        length: tokens a sequence.
-        family: of the `transformers` config.
-    """
-
-    width: int
-    ffn: int
-    heads: int
-    layers: int
-    key_heads: int = 0
-    vocabulary: int = 32000
-    length: int = 2048
-    family: str = "llama"
-
-    def config(self) -> Any:
-        """Return the `transformers` config."""
-        common: dict[str, Any] = {"vocab_size": self.vocabulary or 8, "use_cache": False, "bos_token_id": None,
-                                  "eos_token_id": None, "pad_token_id": None}  # fmt: skip
-        if self.family == "gpt2":
-            own = {"n_embd": self.width, "n_head": self.heads, "n_layer": self.layers, "n_positions": self.length}
-            off = dict.fromkeys(("embd_pdrop", "resid_pdrop", "attn_pdrop"), 0.0)
-            return AutoConfig.for_model("gpt2", **common, **own, **off)
-        return AutoConfig.for_model(
-            "llama", **common, hidden_size=self.width, intermediate_size=self.ffn, num_attention_heads=self.heads,
-            num_key_value_heads=self.key_heads or self.heads, num_hidden_layers=self.layers,
-            max_position_embeddings=self.length, tie_word_embeddings=False,
-        )  # fmt: skip
-
-    def flops(self, tokens: int, weights: int) -> int:
-        """FLOPs of a step's products: of `weights` in linear layers, and of causal attention."""
-        return tokens * (6 * weights + 6 * self.layers * self.length * self.width)
-
-
-WIDTHS = {
-    "2048": Shape(2048, 5632, 16, 16),
-    "4096": Shape(4096, 14336, 32, 4),
-    "256": Shape(256, 704, 4, 2, vocabulary=512, length=128),
-}
-SHAPES = {
-    "gpt2-small": Shape(768, 3072, 12, 4, vocabulary=0, length=1024, family="gpt2"),
-    "gpt2-medium": Shape(1024, 4096, 16, 4, vocabulary=0, length=1024, family="gpt2"),
-    "gpt2-large": Shape(1280, 5120, 20, 4, vocabulary=0, length=1024, family="gpt2"),
-    "gpt2-xl": Shape(1600, 6400, 25, 4, vocabulary=0, length=1024, family="gpt2"),
-    "llama-1b": Shape(2048, 5632, 16, 4, vocabulary=0),
-    "llama-3b": Shape(3200, 8640, 32, 4, vocabulary=0),
-    "llama-7b": Shape(4096, 11008, 32, 4, vocabulary=0),
-    "llama-8b": Shape(4096, 14336, 32, 4, key_heads=8, vocabulary=0),
-    "tiny": Shape(64, 256, 2, 2, vocabulary=0, length=64, family="gpt2"),
-}
 
 
 # --- a step ---------------------------------------------------------------------------------------------------------
@@ -122,29 +63,38 @@ def blocks(model: nn.Module) -> nn.ModuleList:
     return next(module for module in model.modules() if isinstance(module, nn.ModuleList))
 
 
-def stepper(model: Any, shape: Shape, batch: int, device: torch.device) -> Callable[[], Tensor | None]:
+def stepper(model: Any, shape: Shape, options: argparse.Namespace, device: torch.device) -> Callable[[], Tensor | None]:
     """Return a function that trains one step, on the same tokens every time."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1, fused=True)
     params = list(model.parameters())
     draw = torch.Generator(device).manual_seed(1)
-    size = (batch, shape.length)
+    size, parts = (options.batch, shape.length), options.micro_batches
     if shape.vocabulary:
         ids, targets = torch.randint(0, shape.vocabulary, (2, *size), device=device, generator=draw)
     else:
         x, g = torch.randn((2, *size, shape.width), device=device, dtype=torch.bfloat16, generator=draw)
 
+    def with_head(ids: Tensor, targets: Tensor) -> Tensor:
+        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
+        loss = cross_entropy(model.lm_head(hidden).float().flatten(0, 1), targets.flatten()) / parts
+        loss.backward()
+        return loss.detach()
+
+    def alone(x: Tensor, g: Tensor) -> None:
+        model(inputs_embeds=x, use_cache=False).last_hidden_state.backward(g)
+
     def step() -> Tensor | None:
-        loss = None
-        if shape.vocabulary:
-            hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
-            loss = cross_entropy(model.lm_head(hidden).float().flatten(0, 1), targets.flatten())
-            loss.backward()
-        else:
-            model(inputs_embeds=x, use_cache=False).last_hidden_state.backward(g)
+        # A single pass quantizes every weight once as it is.
+        once = weights_quantized_once(model) if parts > 1 else contextlib.nullcontext()
+        with once:
+            if shape.vocabulary:
+                found = [with_head(*pair) for pair in zip(ids.chunk(parts), targets.chunk(parts), strict=True)]
+            else:
+                found = [alone(*pair) for pair in zip(x.chunk(parts), g.chunk(parts), strict=True)]
         nn.utils.clip_grad_norm_(params, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return None if loss is None else loss.detach()
+        return torch.stack(found).sum() if shape.vocabulary else None
 
     return step
 
@@ -190,7 +140,7 @@ def measure(
         for block in blocks(model):
             block.compile(dynamic=False)
     ours = convert is not None and name not in TORCHAO
-    step = counted(model, stepper(model, shape, options.batch, device), ours and named(name).stochastic)
+    step = counted(model, stepper(model, shape, options, device), ours and named(name).stochastic)
     row = timed(step, options, device) | {"arm": name, "mode": mode, "left_over_gib": left_over / GIB}
     if mode == "compiled":
         found = torch._dynamo.utils.counters
@@ -207,7 +157,7 @@ def measure(
 def timed(step: Callable[[], Tensor | None], options: argparse.Namespace, device: torch.device) -> Row:
     """Median of synchronised steps, and the largest memory that they held."""
     cuda = device.type == "cuda"
-    losses, times = [], []
+    losses, times, host = [], [], []
     for i in range(options.warm_up + (options.repeat or 12)):
         if i == options.warm_up and cuda:
             torch.cuda.reset_peak_memory_stats(device)
@@ -215,13 +165,15 @@ def timed(step: Callable[[], Tensor | None], options: argparse.Namespace, device
             torch.cuda.synchronize(device)
         begin = time.perf_counter()
         losses.append(step())
+        host.append((time.perf_counter() - begin) * 1e3)
         if cuda:
             torch.cuda.synchronize(device)
         times.append((time.perf_counter() - begin) * 1e3)
     known = [float(loss) for loss in losses if loss is not None]
     taken = times[options.warm_up :]
-    row: Row = {"ms": statistics.median(taken), "all_ms": taken, "first_step_s": times[0] / 1e3,
-                "losses": [*known[:1], *known[-1:]]}  # fmt: skip
+    waited = statistics.median(host[options.warm_up :])
+    row: Row = {"ms": statistics.median(taken), "host_ms": waited, "all_ms": taken, "first_step_s": times[0] / 1e3}
+    row["losses"] = [*known[:1], *known[-1:]]
     if cuda:
         row["peak_gib"] = torch.cuda.max_memory_allocated(device) / GIB
     return row
@@ -317,7 +269,8 @@ def table(options: argparse.Namespace, device: torch.device) -> int:
     for (label, shape), mode in itertools.product(chosen(options), options.modes):
         base: Row | None = None
         for arm, (convert, peer) in arms(options).items():
-            key = f"{label}, {shape.layers} layers, {options.batch} x {shape.length}, {mode}: {arm}"
+            parts = f" in {options.micro_batches}" * (options.micro_batches > 1)
+            key = f"{label}, {shape.layers} layers, {options.batch} x {shape.length}{parts}, {mode}: {arm}"
             if arm != "bf16" and not report.wants(key):
                 continue
             task = functools.partial(measure, arm, convert, shape, mode, options, device)
@@ -340,6 +293,7 @@ def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
     made.add_argument("--arms", nargs="+", metavar="NAME", help=f"recipes; peers: {', '.join(TORCHAO)}")
     made.add_argument("--modes", nargs="+", choices=("compiled", "eager"), help="default: compiled; eager on a CPU")
     made.add_argument("--batch", type=int, help="sequences a step")
+    made.add_argument("--micro-batches", type=int, default=1, help="parts of a batch, whose gradients are added up")
     made.add_argument("--length", type=int, help="tokens a sequence")
     made.add_argument("--layers", type=int, help="blocks")
     made.add_argument("--vocabulary", type=int, help="tokens that the model knows")
