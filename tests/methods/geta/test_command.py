@@ -97,13 +97,15 @@ def test_a_run_leaves_its_sub_network(tmp_path: Path) -> None:
     assert "<svg" in units["drawing"] and "left</text>" in units["drawing"]
 
 
+@pytest.mark.slow
 def test_a_run_shorter_than_the_stages_leaves_none(tmp_path: Path) -> None:
     run = tiny_run(tokens(tmp_path / "data").folder, recipe="bf16", method=geta.GETA(0.4, stage_steps=40))
     assert train(run, tmp_path / "run")["status"] == "finished" and not (tmp_path / "run" / "sub-network").exists()
 
 
 @pytest.mark.parametrize("method, words", [
-    (geta.GETA(0.99), "ask for at most"), (geta.GETA(0.4, stage_steps=5), "too few for four stages"),
+    (geta.GETA(0.4, stage_steps=5), "too few for four stages"),
+    pytest.param(geta.GETA(0.99), "ask for at most", marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_what_cannot_be_reached_is_said_before_training(method: geta.GETA, words: str, tmp_path: Path) -> None:
     run = tiny_run(tokens(tmp_path / "data").folder, recipe="bf16", method=method)
