@@ -55,7 +55,7 @@ fmt: $(STAMP)  ## format, and mend what lint can mend
 
 # What speed is made of; the other scripts of benchmarks/ answer questions of their own and are run by hand.
 bench: $(STAMP)  ## time GEMMs, quantizers, a layer, a training step and an optimizer on the device there is
-	@set -e; for name in gemm quantize linear train_step; do echo "bench: $$name"; $(BIN)/python "benchmarks/$$name.py" --peers; done
+	@set -e; for name in gemm quantize linear train_step; do echo "bench: $$name"; $(BIN)/python "benchmarks/$$name.py" --peers --results runs/bench; done
 	@echo "bench: optimizer_step"; $(BIN)/python benchmarks/optimizer_step.py --peers \
 		$$($(BIN)/python -c 'import torch; print("" if torch.cuda.is_available() else "--quick")')
 

@@ -30,7 +30,7 @@ from lowbits.quantizers import PerGroup, PerRow, PerTensor, PerTile, PowerOfTwo,
 from lowbits.recipes import named
 
 CUDA_SIZES = ("16384x2048x5632", "16384x4096x14336", "8192x8192x8192")
-CPU_SIZES = ("512x256x704", "1024x1024x1024")
+CPU_SIZES = ("512x768x3072", "512x3072x768", "1024x1024x1024")
 INT8_ROW, FP8_ROW = QuantSpec(INT8, PerRow()), QuantSpec(E4M3, PerRow(), ReciprocalAmax())
 FP8_TENSOR = QuantSpec(E4M3, PerTensor(), ReciprocalAmax())
 FP8_GROUP, FP8_TILE = QuantSpec(E4M3, PerGroup(128), PowerOfTwo()), QuantSpec(E4M3, PerTile(128, 128), PowerOfTwo())

@@ -27,7 +27,8 @@ def results(name: str, device: str = DEVICE) -> tuple[list[Row], str]:
         (f"torch {t['versions']['torch']}" for t in told), (str(t["commit"]) for t in told),
     ))  # fmt: skip
     rates = [rate for run in found["runs"].values() if (rate := run["ceilings"].get("copy_gb_per_s"))]
-    copy = f" A copy reached {min(rates):,.0f} to {max(rates):,.0f} GB/s." if rates else ""
+    span = " to ".join(dict.fromkeys(f"{rate:,.0f}" for rate in (min(rates), max(rates)))) if rates else ""
+    copy = f" A copy reached {span} GB/s." if rates else ""
     file = path.relative_to(RESULTS.parents[1]).as_posix()
     words = f"{', '.join(versions)}; commit {', '.join(commits)}; file: `{file}`.{copy}"
     return [row for row in found["rows"] if "failed" not in row], words
@@ -52,7 +53,18 @@ def crossed(rows: list[Row], words: str, columns: Sequence[str], show: Callable[
 def gemms() -> str:
     """TFLOP/s of every GEMM, and its share of the fastest of that size."""
     rows, words = results("gemm")
-    return crossed(rows, words, SIZES, lambda row: f"{row['tflops']:,.0f} ({row.get('of_best', 0):.0%})")
+    return crossed(rows, words, SIZES, tera)
+
+
+def cpu_gemms() -> str:
+    """The same on a CPU."""
+    rows, words = results("gemm", "cpu-x86_64")
+    return crossed(rows, words, list(dict.fromkeys(row["size"] for row in rows)), tera)
+
+
+def tera(row: Row) -> str:
+    form = ",.0f" if row["tflops"] >= 10 else ".2f"
+    return f"{format(row['tflops'], form)} ({row.get('of_best', 0):.0%})"
 
 
 def quantizers() -> str:
@@ -151,4 +163,5 @@ TABLES: dict[str, Callable[[], str]] = {
     "speed shapes": shapes,
     "speed curves": curves,
     "speed cpu": cpu_layers,
+    "speed cpu gemm": cpu_gemms,
 }
