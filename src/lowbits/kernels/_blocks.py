@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lowbits.formats import FloatFormat
+from lowbits.kernels._operators import operator
 from lowbits.kernels._units import kernels, launches, on_device
 from lowbits.quantizers import (
     BlockRounding,
@@ -178,7 +179,7 @@ def unpack_operand(packed: PackedTensor, dtype: torch.dtype) -> Decoded | None:
     outer = packed.codes.new_ones((), dtype=torch.float32) if packed.outer is None else packed.outer
     arguments = packed.codes, packed.scale, outer, rows, length
     if torch.compiler.is_compiling():
-        inner = torch.ops.lowbits.decode_blocks(*arguments, _as_text(plan), dtype)
+        inner = _decode_blocks_op(*arguments, _as_text(plan), dtype)
     else:
         inner = _launch_decode(*arguments, plan, dtype)
     return Decoded(inner, _outer(outer, plan), packed.spec)
@@ -191,7 +192,7 @@ def _quantized(
     if plan.rounding == "NEAREST":  # nothing reads the noise: layers that share an input share the result when compiled
         noise, role = x, 0
     if torch.compiler.is_compiling():
-        return torch.ops.lowbits.quantize_blocks(x, noise, role, length, _as_text(plan), dtype, codes)
+        return _quantize_blocks_op(x, noise, role, length, _as_text(plan), dtype, codes)
     return _launch_quantize(x, noise, role, length, plan, dtype, codes)
 
 
@@ -215,10 +216,9 @@ def _tile(plan: _Plan) -> tuple[int, int]:
 
 @cache
 def _constants(plan: _Plan) -> dict[str, Any]:
-    k = kernels("blocks")
     br, bk = _tile(plan)
     return {
-        "M": plan.mantissa, "LOWEST": plan.lowest, "BITS": plan.bits, "NAN": plan.nan, "RULE": getattr(k, plan.rule),
+        "M": plan.mantissa, "LOWEST": plan.lowest, "BITS": plan.bits, "NAN": plan.nan, "RULE": plan.rule,
         "ROWS": plan.rows, "COLUMNS": plan.columns, "BR": br, "BK": bk, "num_warps": 8 if br * bk > 8192 else 4,
         "enable_fp_fusion": False,
     }  # fmt: skip
@@ -233,8 +233,7 @@ def _rotation(plan: _Plan) -> dict[str, Any]:
 @cache
 def _of_format(plan: _Plan) -> dict[str, Any]:
     inverse = float(torch.tensor(1 / plan.largest, dtype=torch.float32))
-    rounding = getattr(kernels("blocks"), plan.rounding)
-    return {"MAX": plan.largest, "TOP": math.frexp(plan.largest)[1] - 1, "INVERSE": inverse, "ROUNDING": rounding}
+    return {"MAX": plan.largest, "TOP": math.frexp(plan.largest)[1] - 1, "INVERSE": inverse, "ROUNDING": plan.rounding}
 
 
 def _results(
@@ -318,29 +317,23 @@ def _launch_decode(
     return inner
 
 
-@torch.library.custom_op("lowbits::quantize_blocks", mutates_args=())
 def _quantize_blocks(
     x: Tensor, noise: Tensor, role: int, length: int, plan_text: str, dtype: torch.dtype, codes: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _launch_quantize(x, noise, role, length, _from_text(plan_text), dtype, codes)
 
 
-@_quantize_blocks.register_fake
-def _(
-    x: Tensor, noise: Tensor, role: int, length: int, plan_text: str, dtype: torch.dtype, codes: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _results(x, length, _from_text(plan_text), dtype, codes)
-
-
-@torch.library.custom_op("lowbits::decode_blocks", mutates_args=())
 def _decode_blocks(
     codes: Tensor, scales: Tensor, outer: Tensor, rows: int, length: int, plan_text: str, dtype: torch.dtype
 ) -> Tensor:
     return _launch_decode(codes, scales, outer, rows, length, _from_text(plan_text), dtype)
 
 
-@_decode_blocks.register_fake
-def _(
-    codes: Tensor, scales: Tensor, outer: Tensor, rows: int, length: int, plan_text: str, dtype: torch.dtype
-) -> Tensor:
-    return codes.new_empty(rows, length, dtype=dtype)
+_quantize_blocks_op = operator(
+    _quantize_blocks,
+    lambda x, noise, role, length, plan_text, dtype, codes: _results(x, length, _from_text(plan_text), dtype, codes),
+)
+_decode_blocks_op = operator(
+    _decode_blocks,
+    lambda codes, scales, outer, rows, length, plan_text, dtype: codes.new_empty(rows, length, dtype=dtype),
+)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from lowbits.kernels._operators import operator
 from lowbits.kernels._units import kernels, launches, multiprocessors, on_device
 
 
@@ -42,7 +43,7 @@ def matmul_codes(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: 
         sums = torch.ops.aten._int_mm(a, rows.t())[:, : b.shape[0]]
         return (sums.float() * scale_a * scale_b.t()).to(dtype)
     # Through torch's dispatcher where a compiler has to see an operator; it costs as much as the launch.
-    run = torch.ops.lowbits.matmul_codes if torch.compiler.is_compiling() else _launch
+    run = _matmul_codes_op if torch.compiler.is_compiling() else _launch
     return run(a, b, scale_a, scale_b, dtype)
 
 
@@ -56,7 +57,7 @@ def matmul_blocks(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype:
         scale_b: float32 [N, K / 128] or [N / 128, K / 128], likewise; of one row for a small b, read as tiles.
         dtype: of the result [M, N].
     """
-    run = torch.ops.lowbits.matmul_blocks if torch.compiler.is_compiling() else _launch_blocks
+    run = _matmul_blocks_op if torch.compiler.is_compiling() else _launch_blocks
     return run(a, b, scale_a, scale_b, dtype)
 
 
@@ -99,21 +100,16 @@ def _launch_blocks(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype
     return out
 
 
-@torch.library.custom_op("lowbits::matmul_codes", mutates_args=())
 def _matmul_codes(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: torch.dtype) -> Tensor:
     return _launch(a, b, scale_a, scale_b, dtype)
 
 
-@_matmul_codes.register_fake
-def _(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: torch.dtype) -> Tensor:
-    return a.new_empty(a.shape[0], b.shape[0], dtype=dtype)
-
-
-@torch.library.custom_op("lowbits::matmul_blocks", mutates_args=())
 def _matmul_blocks(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: torch.dtype) -> Tensor:
     return _launch_blocks(a, b, scale_a, scale_b, dtype)
 
 
-@_matmul_blocks.register_fake
-def _(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: torch.dtype) -> Tensor:
+def _product(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: torch.dtype) -> Tensor:
     return a.new_empty(a.shape[0], b.shape[0], dtype=dtype)
+
+
+_matmul_codes_op, _matmul_blocks_op = operator(_matmul_codes, _product), operator(_matmul_blocks, _product)

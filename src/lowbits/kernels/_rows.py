@@ -21,6 +21,7 @@ from torch import Tensor
 from lowbits.formats import FloatFormat, Format, IntFormat
 from lowbits.kernels._blocks import pack_operand
 from lowbits.kernels._coded import ALIGNED, FLOAT8, Coded, as_matrix, of_blocks, why_not_coded
+from lowbits.kernels._operators import operator
 from lowbits.kernels._units import kernels, launches, on_device
 from lowbits.quantizers import Amax, PerTensor, PowerOfTwo, QuantSpec, ReciprocalAmax, Rounding, quantize
 
@@ -111,7 +112,7 @@ def quantize_both(
         first = None if along_k is None else Coded.of(quantize(x, along_k, noise_k))
         return first, None if along_r is None else Coded.of(quantize(x.t(), along_r, noise_r))
     # Through torch's dispatcher where a compiler has to see an operator; it costs as much as the launches.
-    run = torch.ops.lowbits.quantize_rows if torch.compiler.is_compiling() else _launch
+    run = _quantize_rows_op if torch.compiler.is_compiling() else _launch
     codes_k, scale_k, codes_r, scale_r = run(x, plan)
     first = None if along_k is None else Coded(codes_k, scale_k, along_k, x.shape[1])
     return first, None if along_r is None else Coded(codes_r, scale_r, along_r, x.shape[0])
@@ -147,7 +148,7 @@ def _launch(x: Tensor, plan_text: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     )
     br, bk = _TILE
     constants: dict[str, Any] = {"BR": br, "BK": bk, "num_warps": 4, "enable_fp_fusion": False}
-    kinds = {"OF_K": getattr(k, along_k.of), "OF_R": getattr(k, along_r.of)}
+    kinds = {"OF_K": along_k.of, "OF_R": along_r.of}
     # Each copy is filled up with zeros along what a GEMM contracts.
     padded_k = codes_k.shape[1] if along_k.of != "NONE" else columns
     padded_r = codes_r.shape[1] if along_r.of != "NONE" else rows
@@ -166,7 +167,7 @@ def _launch(x: Tensor, plan_text: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def _constants(name: str, axis: _Axis) -> dict[str, Any]:
     values = {
         "HIGH": axis.high, "M": axis.mantissa, "LOWEST": axis.lowest, "FLOOR": axis.floor,
-        "TOP": axis.top, "RULE": getattr(kernels("rows"), axis.rule),
+        "TOP": axis.top, "RULE": axis.rule,
     }  # fmt: skip
     return {f"{key}_{name}": value for key, value in values.items()}
 
@@ -178,11 +179,8 @@ def _from_text(text: str) -> tuple[_Axis, _Axis]:
 
 
 # An operator takes no tuples: what was compiled for a plan is found by its text.
-@torch.library.custom_op("lowbits::quantize_rows", mutates_args=())
 def _quantize_rows(x: Tensor, plan_text: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _launch(x, plan_text)
 
 
-@_quantize_rows.register_fake
-def _(x: Tensor, plan_text: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _results(x, *_from_text(plan_text))
+_quantize_rows_op = operator(_quantize_rows, lambda x, plan_text: _results(x, *_from_text(plan_text)))

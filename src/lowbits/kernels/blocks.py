@@ -12,11 +12,9 @@ import triton
 import triton.language as tl
 
 INTERPRETED = triton.knobs.runtime.interpret
-INTERPRETING = tl.constexpr(INTERPRETED)
-LARGEST = tl.constexpr(3.4028234663852886e38)
-SMALLEST_NORMAL = tl.constexpr(2.0**-126)
-TWO_LEVEL, TWO_LEVEL_POW2, TWO_LEVEL_UP, SHARED_UP, SHARED_FLOOR, POWER_OF_TWO = (tl.constexpr(i) for i in range(6))
-NEAREST, UNIFORM24, CENTRED8, FLOOR8 = (tl.constexpr(i) for i in range(4))
+
+# Choices are strings, not constants of this module: Triton compares every constant that a kernel reads before each
+# launch, which took as long as the launch.
 
 
 @triton.jit
@@ -39,17 +37,24 @@ def _rotate(v, SIGNS: tl.constexpr, T: tl.constexpr, LOG: tl.constexpr, BR: tl.c
     return v.reshape(BR, BK)
 
 
+if INTERPRETED:
+
+    @triton.jit
+    def _as_bf16(v):
+        """To nearest even by hand: the interpreter cuts off."""
+        bits = v.to(tl.uint32, bitcast=True)
+        return tl.where(v == v, _as_float((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000), v)
+else:
+
+    @triton.jit
+    def _as_bf16(v):
+        return v.to(tl.bfloat16).to(tl.float32)
+
+
 @triton.jit
 def _scaled(v, SCALE: tl.constexpr, BF16: tl.constexpr):
     """What a rotation ends with: its factor, and bfloat16 where it computes in that."""
-    v = v * SCALE
-    if BF16:
-        if INTERPRETING:  # the interpreter cuts off: to nearest even by hand
-            bits = v.to(tl.uint32, bitcast=True)
-            v = tl.where(v == v, _as_float((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000), v)
-        else:
-            v = v.to(tl.bfloat16).to(tl.float32)
-    return v
+    return _as_bf16(v * SCALE) if BF16 else v * SCALE
 
 
 @triton.jit
@@ -70,18 +75,18 @@ def _rounded(y, noise, M: tl.constexpr, LOWEST: tl.constexpr, MAX: tl.constexpr,
     bits = magnitude.to(tl.uint32, bitcast=True)
     SHIFT: tl.constexpr = 23 - M
     below = magnitude * (2.0 ** (M - LOWEST))
-    if ROUNDING == NEAREST:
+    if ROUNDING == "NEAREST":
         normal = ((bits + ((1 << (SHIFT - 1)) - 1) + ((bits >> SHIFT) & 1)) >> SHIFT) << SHIFT
         small = (below + 12582912.0) - 12582912.0  # 1.5 * 2^23: float32 rounds to integers there, ties to even
     else:
         MASK: tl.constexpr = (1 << SHIFT) - 1
-        if ROUNDING == UNIFORM24:
+        if ROUNDING == "UNIFORM24":
             # The mantissa's tail as a number in [1, 2), less 1: converting integers takes eight times as long.
             fraction = _as_float(0x3F800000 | ((bits & MASK) << (23 - SHIFT))) - 1.0
             normal = ((bits >> SHIFT) + (noise < fraction).to(tl.uint32)) << SHIFT
         else:
             # Up where the tail is above (k + 1/2) / 256, or from (k + 1) / 256 on: where adding the rest carries.
-            rest: tl.constexpr = MASK - (1 << (SHIFT - 9)) if ROUNDING == CENTRED8 else MASK + 1 - (1 << (SHIFT - 8))
+            rest: tl.constexpr = MASK - (1 << (SHIFT - 9)) if ROUNDING == "CENTRED8" else MASK + 1 - (1 << (SHIFT - 8))
             normal = (bits + (rest - (noise << (SHIFT - 8)))) & (0xFFFFFFFF - MASK)
             noise = _of_byte(noise, ROUNDING)
         floor = tl.where(below >= 1.0, 1.0, 0.0) if M == 1 else tl.floor(below)
@@ -138,31 +143,31 @@ def _two_to(biased):
 @triton.jit
 def _scales(amax, whole, MAX: tl.constexpr, TOP: tl.constexpr, INVERSE: tl.constexpr, RULE: tl.constexpr):
     """Scale, what x is multiplied by, and the outer scale, of blocks with these amaxes in a tensor of amax `whole`."""
-    if RULE == TWO_LEVEL or RULE == TWO_LEVEL_POW2 or RULE == TWO_LEVEL_UP:
+    if RULE == "TWO_LEVEL" or RULE == "TWO_LEVEL_POW2" or RULE == "TWO_LEVEL_UP":
         outer = tl.div_rn(448.0 * MAX, whole)
-        outer = tl.where(outer > LARGEST, LARGEST, outer)
-        if RULE == TWO_LEVEL_POW2:
+        outer = tl.where(outer > 3.4028234663852886e38, 3.4028234663852886e38, outer)
+        if RULE == "TWO_LEVEL_POW2":
             outer = tl.where(outer == outer, _as_float(outer.to(tl.uint32, bitcast=True) & 0xFF800000), outer)
         outer = tl.where((outer == 0) | (whole == 0), 1.0, outer)
         target = amax * (outer * INVERSE)
         target = tl.where(target > 448.0, 448.0, target)
-        scale = _rounded(target, target, 3, -6, 448.0, NEAREST)
-        if RULE == TWO_LEVEL_UP:
+        scale = _rounded(target, target, 3, -6, 448.0, "NEAREST")
+        if RULE == "TWO_LEVEL_UP":
             exponent = _as_float(scale.to(tl.uint32, bitcast=True) & 0xFF800000)
             scale = tl.where(scale < target, scale + tl.maximum(exponent, 2.0**-6) * 0.125, scale)
         decode = tl.div_rn(1.0, outer)
         combined = scale * decode
         encode = tl.div_rn(1.0, combined)
-        return scale, tl.where(encode > LARGEST, LARGEST, encode), decode
-    elif RULE == POWER_OF_TWO:
+        return scale, tl.where(encode > 3.4028234663852886e38, 3.4028234663852886e38, encode), decode
+    elif RULE == "POWER_OF_TWO":
         quotient = tl.div_rn(amax, MAX)
-        scale = tl.where(amax == 0, 1.0, tl.maximum(quotient, SMALLEST_NORMAL))
+        scale = tl.where(amax == 0, 1.0, tl.maximum(quotient, 2.0**-126))
         bits = scale.to(tl.uint32, bitcast=True)
         scale = _as_float((bits + 0x7FFFFF) & 0xFF800000)
-        scale = tl.where(amax <= LARGEST, scale, float("nan"))
+        scale = tl.where(amax <= 3.4028234663852886e38, scale, float("nan"))
         return scale, tl.div_rn(1.0, scale), whole
     else:
-        if RULE == SHARED_UP:
+        if RULE == "SHARED_UP":
             bits = tl.div_rn(amax, MAX).to(tl.int32, bitcast=True)
             exponent = bits >> 23
             more = (bits & 0x7FFFFF) > tl.where(exponent == 0, 1 << 22, 0)
@@ -170,7 +175,7 @@ def _scales(amax, whole, MAX: tl.constexpr, TOP: tl.constexpr, INVERSE: tl.const
         else:
             biased = (amax.to(tl.int32, bitcast=True) >> 23) - TOP
         biased = tl.minimum(tl.maximum(biased, 0), 254)
-        return tl.where(amax <= LARGEST, _two_to(biased), float("nan")), _two_to(254 - biased), whole
+        return tl.where(amax <= 3.4028234663852886e38, _two_to(biased), float("nan")), _two_to(254 - biased), whole
 
 
 @triton.jit
@@ -181,7 +186,7 @@ def _four(w0, w1, w2, w3, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 @triton.jit
 def _of_byte(byte, ROUNDING: tl.constexpr):
     """8 random bits as `QuantSpec.draw` has them; 2^23 + byte is a float32 with the byte in its lowest bits."""
-    if ROUNDING == CENTRED8:
+    if ROUNDING == "CENTRED8":
         return (_as_float(byte | 0x4B000000) - 8388607.5) * (2.0**-8)
     else:
         return (_as_float(byte | 0x4B000000) - 8388607.0) * (2.0**-8) * (1 - 2.0**-24)
@@ -190,7 +195,7 @@ def _of_byte(byte, ROUNDING: tl.constexpr):
 @triton.jit
 def _noise(noise, role, row, first, KP, ROUNDING: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr):
     """`QuantSpec.draw` for a tile, or its bytes: 4 or 16 elements a counter; KP is a multiple of that."""
-    EACH: tl.constexpr = 4 if ROUNDING == UNIFORM24 else 16
+    EACH: tl.constexpr = 4 if ROUNDING == "UNIFORM24" else 16
     step = tl.load(noise)
     key = tl.load(noise + role).to(tl.uint64) | (tl.load(noise + role + 1).to(tl.uint64) << 32)
     column = first // EACH + tl.arange(0, BK // EACH)
@@ -199,7 +204,7 @@ def _noise(noise, role, row, first, KP, ROUNDING: tl.constexpr, BR: tl.constexpr
     step_low, step_high = tl.zeros_like(low) + step.to(tl.uint32), tl.zeros_like(low) + (step >> 32).to(tl.uint32)
     w0, w1, w2, w3 = tl.philox(key, low, high, step_low, step_high)
     words = _four(w0, w1, w2, w3, BR, BK // EACH * 4)
-    if ROUNDING == UNIFORM24:  # with its `else`: Triton 3.6 goes on behind a return
+    if ROUNDING == "UNIFORM24":  # with its `else`: Triton 3.6 goes on behind a return
         return (words >> 8).to(tl.int32).to(tl.float32) * (2.0**-24)
     else:
         return _four(words & 255, (words >> 8) & 255, (words >> 16) & 255, words >> 24, BR, BK)
@@ -236,26 +241,26 @@ def quantize(
     if T > 1:
         v = _scaled(_rotate(v, SIGNS, T, LOG, BR, BK), SCALE, BF16)
     u = v
-    if ROUNDING != NEAREST:
+    if ROUNDING != "NEAREST":
         u = _noise(noise, role, row, first, KP, ROUNDING, BR, BK)
     largest = tl.max(tl.max(_magnitude_bits(v).reshape(BR // ROWS, ROWS, BK // COLUMNS, COLUMNS), 3), 1)
     whole_amax = tl.load(whole).to(tl.float32, bitcast=True)
     scale, encode, decode = _scales(largest.to(tl.float32, bitcast=True), whole_amax, MAX, TOP, INVERSE, RULE)
     spread = tl.broadcast_to(encode[:, None, :, None], (BR // ROWS, ROWS, BK // COLUMNS, COLUMNS)).reshape(BR, BK)
     inside = (row[:, None] < R) & (column[None, :] < KP)
-    if CODES and ROUNDING == NEAREST:
+    if CODES and ROUNDING == "NEAREST":
         code = _nearest_code(v * spread, M, LOWEST, MAX, BITS, NAN)
     else:
         value = _rounded(v * spread, u, M, LOWEST, MAX, ROUNDING)
         code = _encoded(value, M, LOWEST, BITS, NAN)
     if INNER:
         factor = scale
-        if RULE == TWO_LEVEL_POW2:
+        if RULE == "TWO_LEVEL_POW2":
             factor = scale * decode
         spread = tl.broadcast_to(factor[:, None, :, None], (BR // ROWS, ROWS, BK // COLUMNS, COLUMNS)).reshape(BR, BK)
         tl.store(inner + row[:, None].to(tl.int64) * KP + column[None, :], (value * spread).to(inner.dtype.element_ty),
                  inside)  # fmt: skip
-    if RULE == TWO_LEVEL or RULE == TWO_LEVEL_POW2 or RULE == TWO_LEVEL_UP:
+    if RULE == "TWO_LEVEL" or RULE == "TWO_LEVEL_POW2" or RULE == "TWO_LEVEL_UP":
         if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
             tl.store(outer, decode)
     if CODES:
@@ -271,9 +276,9 @@ def quantize(
         block = first // COLUMNS + tl.arange(0, BK // COLUMNS)
         at = scales + block_row[:, None].to(tl.int64) * across + block[None, :]
         known = (block_row[:, None] < down) & (block[None, :] < across)
-        if RULE == POWER_OF_TWO:
+        if RULE == "POWER_OF_TWO":
             tl.store(at, scale, known)
-        elif RULE == SHARED_UP or RULE == SHARED_FLOOR:
+        elif RULE == "SHARED_UP" or RULE == "SHARED_FLOOR":
             exponent = (scale.to(tl.uint32, bitcast=True) >> 23).to(tl.int32)
             tl.store(at, tl.where(scale == scale, exponent, 255).to(tl.uint8), known)
         else:
@@ -301,14 +306,14 @@ def decode(
     block = first // COLUMNS + tl.arange(0, BK // COLUMNS)
     known = (block_row[:, None] < (R + ROWS - 1) // ROWS) & (block[None, :] < across)
     stored = tl.load(scales + block_row[:, None].to(tl.int64) * across + block[None, :], known, 0)
-    if RULE == POWER_OF_TWO:
+    if RULE == "POWER_OF_TWO":
         scale = stored
-    elif RULE == SHARED_UP or RULE == SHARED_FLOOR:
+    elif RULE == "SHARED_UP" or RULE == "SHARED_FLOOR":
         biased = stored.to(tl.int32)
         scale = tl.where(biased == 255, float("nan"), _two_to(biased))
     else:
         scale = _decoded(stored.to(tl.int32), 3, -6, 8, 127)
-        if RULE == TWO_LEVEL_POW2:
+        if RULE == "TWO_LEVEL_POW2":
             scale = scale * tl.load(outer)
     spread = tl.broadcast_to(scale[:, None, :, None], (BR // ROWS, ROWS, BK // COLUMNS, COLUMNS)).reshape(BR, BK)
     value = _decoded(code, M, LOWEST, BITS, NAN) * spread

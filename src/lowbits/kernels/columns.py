@@ -12,28 +12,15 @@ threads. A tile is [BG, BR]: groups along the contraction of BR rows, which are 
 import triton
 import triton.language as tl
 
-from lowbits.kernels.blocks import (
-    NEAREST,
-    TWO_LEVEL,
-    TWO_LEVEL_POW2,
-    TWO_LEVEL_UP,
-    _encoded,
-    _magnitude_bits,
-    _nearest_code,
-    _rounded,
-    _scaled,
-    _scales,
-)
-
-SIZE = tl.constexpr(16)
+from lowbits.kernels.blocks import _encoded, _magnitude_bits, _nearest_code, _rounded, _scaled, _scales
 
 
 @triton.jit
 def _group(x, group, row, R, K, stride_r, stride_k):
     """The 16 elements of each group, each [BG, BR]."""
     elements = ()
-    for i in tl.static_range(SIZE):
-        k = group * SIZE + i
+    for i in tl.static_range(16):
+        k = group * 16 + i
         at = k[:, None].to(tl.int64) * stride_k + row[None, :].to(tl.int64) * stride_r
         elements = elements + (tl.load(x + at, (k[:, None] < K) & (row[None, :] < R), 0.0).to(tl.float32),)
     return elements
@@ -43,14 +30,14 @@ def _group(x, group, row, R, K, stride_r, stride_k):
 def _rotated(elements, SIGNS: tl.constexpr):
     """`Hadamard.forward` but for its factor; bit i of SIGNS is a minus."""
     v = ()
-    for i in tl.static_range(SIZE):
+    for i in tl.static_range(16):
         if (SIGNS >> i) & 1:
             v = v + (-elements[i],)
         else:
             v = v + (elements[i],)
     for level in tl.static_range(4):
         u = ()
-        for i in tl.static_range(SIZE):
+        for i in tl.static_range(16):
             if (i >> level) & 1:
                 u = u + (v[i - (1 << level)] - v[i],)
             else:
@@ -63,7 +50,7 @@ def _rotated(elements, SIGNS: tl.constexpr):
 def _largest(v):
     """The bits of the largest magnitude of each group; NaN is the largest."""
     largest = _magnitude_bits(v[0])
-    for i in tl.static_range(1, SIZE):
+    for i in tl.static_range(1, 16):
         largest = tl.maximum(largest, _magnitude_bits(v[i]))
     return largest
 
@@ -114,43 +101,43 @@ def quantize(
 ):  # fmt: skip
     """See `lowbits.kernels.blocks.quantize`; KP is a multiple of 16, codes have 4 bits."""
     row, group = tl.program_id(0) * BR + tl.arange(0, BR), tl.program_id(1) * BG + tl.arange(0, BG)
-    groups = KP // SIZE
+    groups = KP // 16
     known = (row[:, None] < R) & (group[None, :] < groups)
     rotated = _rotated(_group(x, group, row, R, K, stride_r, stride_k), SIGNS)
     v = ()
-    for i in tl.static_range(SIZE):
+    for i in tl.static_range(16):
         v = v + (_scaled(rotated[i], SCALE, BF16),)
     whole_amax = tl.load(whole).to(tl.float32, bitcast=True)
     scale, encode, decode = _scales(_largest(v).to(tl.float32, bitcast=True), whole_amax, MAX, TOP, INVERSE, RULE)
-    if ROUNDING != NEAREST:
+    if ROUNDING != "NEAREST":
         words = _words(noise, role, row, group, groups)
     factor = scale
-    if RULE == TWO_LEVEL_POW2:
+    if RULE == "TWO_LEVEL_POW2":
         factor = scale * decode
     decoded, code = (), ()
-    for i in tl.static_range(SIZE):
+    for i in tl.static_range(16):
         u = v[i]
-        if ROUNDING != NEAREST:
+        if ROUNDING != "NEAREST":
             u = (words[i // 4] >> (8 * (i % 4))) & 255
-        if CODES and ROUNDING == NEAREST:
+        if CODES and ROUNDING == "NEAREST":
             code = code + (_nearest_code(v[i] * encode, M, LOWEST, MAX, BITS, NAN),)
         else:
             value = _rounded(v[i] * encode, u, M, LOWEST, MAX, ROUNDING)
             decoded = decoded + ((value * factor).to(inner.dtype.element_ty),)
             code = code + (_encoded(value, M, LOWEST, BITS, NAN),)
     if INNER:
-        column = tl.program_id(1) * BG * SIZE + tl.arange(0, BG * SIZE)
-        tl.store(inner + row[:, None].to(tl.int64) * KP + column[None, :], _joined(decoded, SIZE, BG, BR),
+        column = tl.program_id(1) * BG * 16 + tl.arange(0, BG * 16)
+        tl.store(inner + row[:, None].to(tl.int64) * KP + column[None, :], _joined(decoded, 16, BG, BR),
                  (row[:, None] < R) & (column[None, :] < KP))  # fmt: skip
-    if RULE == TWO_LEVEL or RULE == TWO_LEVEL_POW2 or RULE == TWO_LEVEL_UP:
+    if RULE == "TWO_LEVEL" or RULE == "TWO_LEVEL_POW2" or RULE == "TWO_LEVEL_UP":
         if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
             tl.store(outer, decode)
     if CODES:
         pairs = ()
-        for i in tl.static_range(SIZE // 2):
+        for i in tl.static_range(16 // 2):
             pairs = pairs + ((code[2 * i] | (code[2 * i + 1] << 4)).to(tl.uint8),)
-        byte = tl.program_id(1) * BG * (SIZE // 2) + tl.arange(0, BG * (SIZE // 2))
-        tl.store(codes + row[:, None].to(tl.int64) * (KP // 2) + byte[None, :], _joined(pairs, SIZE // 2, BG, BR),
+        byte = tl.program_id(1) * BG * (16 // 2) + tl.arange(0, BG * (16 // 2))
+        tl.store(codes + row[:, None].to(tl.int64) * (KP // 2) + byte[None, :], _joined(pairs, 16 // 2, BG, BR),
                  (row[:, None] < R) & (byte[None, :] < KP // 2))  # fmt: skip
         at = scales + row[:, None].to(tl.int64) * groups + group[None, :]
         tl.store(at, tl.permute(_encoded(scale, 3, -6, 8, 127).to(tl.uint8), (1, 0)), known)

