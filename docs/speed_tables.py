@@ -146,6 +146,70 @@ def curves() -> str:
     return f"{table(['two runs', 'largest distance', 'mean', 'of the last steps'], lines)}\n{words}\n"
 
 
+# --- what the figures have to be -------------------------------------------------------------------------------------
+
+Check = tuple[str, float, str, float]  # what, measured, `>=` or `<=`, limit
+
+
+def step_checks(width: str, faster: dict[str, float], slower: dict[str, float]) -> list[Check]:
+    """Whole compiled steps against bf16 of the same run, in tokens a second or in time."""
+    rows, _ = results("train_step")
+    of = {row["arm"]: row for row in rows if row["key"].startswith(f"{width},") and row["mode"] == "compiled"}
+    eager = {row["arm"]: row for row in rows if row["key"].startswith(f"{width},") and row["mode"] == "eager"}
+    found: list[Check] = [
+        (f"{arm}, width {width}: tokens/s over bf16", of[arm]["over_bf16"], ">=", limit)
+        for arm, limit in faster.items() if arm in of
+    ]  # fmt: skip
+    for better, than in (("fp8_rowwise", "torchao fp8 tensorwise"), ("fp8_tensorwise", "fp8_rowwise")):
+        if better in of and than in of:
+            what = f"{better}, width {width}: tokens/s over bf16, beside {than}"
+            found.append((what, of[better]["over_bf16"], ">=", of[than]["over_bf16"]))
+    for arm, limit in slower.items():
+        if arm in of:
+            found.append((f"{arm}, width {width}: time over bf16", 1 / of[arm]["over_bf16"], "<=", limit))
+    if width == "2048" and "memory_over_bf16" in of.get("w8a8_faithful", {}):
+        what = "w8a8_faithful, width 2048: peak memory over bf16"
+        found.append((what, of["w8a8_faithful"]["memory_over_bf16"], "<=", 0.75))
+    if width == "4096":
+        names = [arm for arm in eager if arm in of]
+        found += [
+            (f"{a}, width 4096: eager over compiled, time", eager[a]["ms"] / of[a]["ms"], "<=", 1.5) for a in names
+        ]
+    return found
+
+
+def other_checks() -> list[Check]:
+    """The slowest of NVFP4's quantizers on activations, and curves."""
+    found: list[Check] = []
+    rates = {row["key"]: row["gb_per_s"] / 1000 for row in results("quantize")[0] if " nvfp4 " in row["key"]}
+    rates = {key: rate for key, rate in rates.items() if key.startswith("16384x") and "torchao" not in key}
+    if rates:
+        slowest = min(rates, key=lambda key: rates[key])
+        found.append((f"slowest NVFP4 kernel ({slowest}): TB/s", rates[slowest], ">=", 2.5))
+    apart = {row["key"]: row["tail"] for row in results("native_curves")[0] if "tail" in row}
+    for key, value in apart.items():
+        name = key.split(",")[0]
+        seeds = [other for words, other in apart.items() if words.startswith(f"{name} native, seeds")]
+        if "native and simulated" in key and seeds:
+            found.append((f"{key}: distance of the last losses, beside other seeds'", value, "<=", max(seeds)))
+    return found
+
+
+def checks() -> str:
+    """What was demanded before anything was measured."""
+    found = [
+        *step_checks("2048", {"fp8_block": 1.15, "int8_rowwise": 1.10}, {"nvfp4": 1.7}),
+        *step_checks("4096", {"fp8_block": 1.30, "int8_rowwise": 1.25}, {"nvfp4": 1.35}),
+        *other_checks(),
+    ]
+    lines = []
+    for what, value, relation, limit in found:
+        form = ".4f" if "distance" in what else ".2f"
+        holds = value >= limit if relation == ">=" else value <= limit
+        lines.append([what, format(value, form), f"{relation} {limit:{form}}", "yes" if holds else "**no**"])
+    return table(["", "measured", "demanded", "holds"], lines) if lines else NOT_YET
+
+
 def cpu_layers() -> str:
     """int8 on a CPU: the layers of `make bench`."""
     rows, words = results("linear", "cpu-x86_64")
@@ -160,6 +224,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "speed linear eager": partial(layers, "eager"),
     "speed steps 2048": partial(steps, "2048"),
     "speed steps 4096": partial(steps, "4096"),
+    "speed checks": checks,
     "speed shapes": shapes,
     "speed curves": curves,
     "speed cpu": cpu_layers,

@@ -138,9 +138,19 @@ def test_the_page_shows_what_was_measured(repository: Path, tmp_path: Path) -> N
         {"key": "2048, ...: fp8_rowwise", "arm": "fp8_rowwise", "mode": "compiled", "ms": 80.0, "over_bf16": 1.25,
          "tokens_per_second": 1.1e5, "of_bf16_gemm": 0.6, "peak_gib": 21.0, "memory_over_bf16": 0.75, "run": "1"},
         {"key": "2048, ...: fp8_rowwise", "arm": "fp8_rowwise", "mode": "eager", "ms": 100.0, "run": "1"},
+        {"key": "2048, ...: other", "arm": "torchao fp8 tensorwise", "mode": "compiled", "ms": 77.0, "over_bf16": 1.3,
+         "tokens_per_second": 1.2e5, "of_bf16_gemm": 0.6, "run": "1"},
+        {"key": "2048, ...: w8a8_faithful", "arm": "w8a8_faithful", "mode": "compiled", "ms": 90.0, "over_bf16": 1.1,
+         "tokens_per_second": 1e5, "of_bf16_gemm": 0.6, "memory_over_bf16": 0.7, "run": "1"},
         {"key": "2048, ...: peer", "failed": "ImportError: no", "run": "1"},
     ]  # fmt: skip
     file.write_text(json.dumps({"runs": {"1": told}, "rows": rows}), encoding="utf-8")
+    checks = page["TABLES"]["speed checks"]()
+    assert (
+        "| fp8_rowwise, width 2048: tokens/s over bf16, beside torchao fp8 tensorwise | 1.25 | >= 1.30 | **no** |"
+        in checks
+    )
+    assert "| w8a8_faithful, width 2048: peak memory over bf16 | 0.70 | <= 0.75 | yes |" in checks
     assert "| fp8_rowwise | 110,000 | 1.25 | 21.0 | 0.75 | 60% | 1.25 |" in steps()
     assert "torch 2.11; commit abc; file: `benchmarks/results/nvidia-h200/train_step.json`" in steps()
 
