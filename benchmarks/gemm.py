@@ -3,7 +3,7 @@
 
     python benchmarks/gemm.py --peers
     python benchmarks/gemm.py --peers --backward --sizes 16384x2048x5632    # and the shapes of dgrad and wgrad
-    python benchmarks/gemm.py --tune --sizes 8192x8192x8192                 # tiles of our Triton GEMM
+    python benchmarks/gemm.py --tune --only int8 --sizes 8192x8192x8192     # tiles of our GEMMs, see gemm_tiles.py
 
 Every operand is [rows, contraction], as our layers have them. Operands are random normal numbers: zeros would run
 faster, at a higher clock. `of best`: of the fastest row of that size in this run. `error`: the largest distance from
@@ -16,16 +16,15 @@ from __future__ import annotations
 import argparse
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import gemm_tiles
 import torch
 from measuring import FAILURES, Report, Row, copy_gb_per_s, device_ms, first_line, missing, number, parser, sizes
 from torch import Tensor
 
 from lowbits.formats import E4M3, INT8
 from lowbits.kernels import Coded, Decoded, quantize_both, scaled_mm
-from lowbits.kernels import _matmul as matmul
-from lowbits.kernels._units import kernels, multiprocessors
 from lowbits.quantizers import PerGroup, PerRow, PerTensor, PerTile, PowerOfTwo, QuantSpec, ReciprocalAmax
 from lowbits.recipes import named
 
@@ -222,101 +221,19 @@ def table(options: argparse.Namespace, device: torch.device) -> int:
     return report.show("GEMMs, M x K x N")
 
 
-# --- tiles ----------------------------------------------------------------------------------------------------------
-
-# Rows, columns, bytes of terms, warps, stages: what fits into the registers and shared memory of a Hopper processor.
-TILES = (
-    (128, 256, 128, 8, 3), (128, 256, 128, 8, 4), (256, 128, 128, 8, 3), (128, 128, 128, 8, 4), (128, 128, 128, 4, 4),
-    (128, 128, 128, 8, 6), (128, 256, 64, 8, 6), (128, 256, 64, 8, 8), (256, 128, 64, 8, 6), (128, 128, 256, 8, 3),
-    (128, 256, 256, 8, 2), (64, 256, 128, 4, 4), (256, 64, 128, 8, 4), (128, 64, 128, 4, 6),
-)  # fmt: skip
-
-
-def tiles(itemsize: int) -> list[matmul._Tile]:
-    """Tiles worth trying."""
-    return [matmul._Tile(rows, columns, held // itemsize, *rest) for rows, columns, held, *rest in TILES]
-
-
-def launch(a: Tensor, b: Tensor, scale: Tensor, tile: matmul._Tile, out: Tensor, group: int) -> None:
-    """`lowbits.kernels.gemm` with a tile of our choice."""
-    k: Any = kernels("gemm")
-    (m, terms), n = a.shape, b.shape[0]
-    programs = 4 if k.INTERPRETED else multiprocessors(a.device)
-    k.scaled[(programs,)](
-        k.descriptor(a, tile.rows, tile.terms), k.descriptor(b, tile.columns, tile.terms), out, scale[:m], scale[:n],
-        m, n, terms, EACH_ROW=True, EACH_COLUMN=True, SUMS=k.INT32 if a.dtype == torch.int8 else k.tl.float32,
-        BM=tile.rows, BN=tile.columns, BK=tile.terms, GROUP=group, PROGRAMS=programs, num_warps=tile.warps,
-        num_stages=tile.stages,
-    )  # fmt: skip
-
-
-def tune(options: argparse.Namespace, device: torch.device) -> int:
-    """Time every tile at every size, and name the best."""
-    columns = {"ms": number("ms", ".3f"), "TFLOP/s": number("tflops", ".4g")}
-    report = Report("gemm_tiles", device, options, {}, columns)
-    asked = sizes(options.sizes, 3)
-    for dtype in (torch.int8, torch.bfloat16):
-        name = str(dtype).removeprefix("torch.")
-        # A kernel is compiled once for all sizes.
-        for tile in options.tiles or tiles(dtype.itemsize):
-            for size in asked:
-                key = f"{'x'.join(map(str, size))} {name} {'x'.join(map(str, tile))} group {options.group}"
-                if report.wants(key):
-                    report.measure(key, functools.partial(tuned, dtype, tile, size, device, options), may_fail=True)
-    for size in ("x".join(map(str, size)) for size in asked):
-        for name in ("int8", "bfloat16"):
-            rows = [r for key, r in report.rows.items() if key.startswith(f"{size} {name} ") and "ms" in r]
-            for row in sorted(rows, key=lambda r: r["ms"])[:3]:
-                print(f"best of {size} {name}: {row['tile']} {row['tflops']:.0f} TFLOP/s")
-    return int(report.failed)
-
-
-def tuned(
-    dtype: torch.dtype, tile: matmul._Tile, size: tuple[int, ...], device: torch.device, options: argparse.Namespace
-) -> Row:
-    m, k, n = size
-    torch.manual_seed(0)
-    x, w = (torch.randn(rows, k, device=device, dtype=torch.bfloat16) for rows in (m, n))
-    if dtype == torch.int8:
-        x, w = ((t * 30).round().clamp(-127, 127).to(torch.int8) for t in (x, w))
-    scale, out = torch.ones(max(m, n), 1, device=device), torch.empty(m, n, device=device, dtype=torch.bfloat16)
-    ms = device_ms(lambda: launch(x, w, scale, tile, out, options.group), device, options.repeat)
-    return {"ms": ms, "tflops": 2 * m * k * n / ms / 1e9, "tile": list(tile), "size": "x".join(map(str, size))}
-
-
-def tile_of(text: str) -> matmul._Tile:
-    try:
-        return matmul._Tile(*(int(n) for n in text.split("x")))
-    except (TypeError, ValueError):
-        message = f"a tile is rows x columns x terms x warps x stages, such as 128x256x128x8x4, got {text}"
-        raise argparse.ArgumentTypeError(message) from None
-
-
 def main() -> int:
     made = parser(__doc__)
     made.add_argument("--sizes", nargs="+", metavar="MxKxN", help="of the GEMMs")
     made.add_argument("--backward", action="store_true", help="the GEMMs of dgrad and wgrad of each size, too")
-    made.add_argument("--tune", action="store_true", help="time tiles of our Triton GEMM instead")
-    made.add_argument("--tiles", nargs="+", type=tile_of, metavar="TILE", help="with --tune: 128x256x128x8x4, ...")
-    made.add_argument("--group", type=int, default=8, help="with --tune: rows of tiles that are walked together")
+    gemm_tiles.add_options(made)
     options = made.parse_args()
     device = torch.device(options.device)
     options.sizes = options.sizes or (CUDA_SIZES if device.type == "cuda" else CPU_SIZES)
-    if options.tune and device.type == "cpu" and not kernels_run():
-        print("--tune times Triton's kernels, which need CUDA")
-        return 1
-    try:
-        return tune(options, device) if options.tune else table(options, device)
-    except FAILURES as failure:
-        print(first_line(failure))
-        return 1
-
-
-def kernels_run() -> bool:
-    """Whether Triton interprets kernels, as TRITON_INTERPRET=1 has it."""
-    k: Any = kernels("gemm")
-    return k is not None and bool(k.INTERPRETED)
+    return gemm_tiles.table(options, device) if options.tune else table(options, device)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    try:
+        raise SystemExit(main())
+    except FAILURES as failure:
+        raise SystemExit(first_line(failure)) from failure
