@@ -117,10 +117,11 @@ def test_c7_only_the_two_neighbours(rounding, seed):
     spec = spec_of(rounding)
     q = quantize(x, spec, spec.draw(Noise.of(seed, "x", "r"), x.shape, 0))
     assert q.outer is not None
-    y = (x.view(4, 4, 16) / (q.scale * q.outer)).flatten(1).clamp(-6, 6)
-    grid = torch.tensor(sorted({*oracle.E2M1, *-oracle.E2M1}), dtype=torch.float32)
-    lower = grid[(torch.searchsorted(grid, y + 1e-6, right=True) - 1).clamp(0, len(grid) - 1)]
-    upper = grid[torch.searchsorted(grid, y - 1e-6).clamp(0, len(grid) - 1)]
+    y = (x.view(4, 4, 16).double() / (q.scale * q.outer)).flatten(1).clamp(-6, 6)
+    grid = torch.tensor(sorted({*oracle.E2M1, *-oracle.E2M1}), dtype=torch.float64)
+    slack = 6 * 4 * 2**-24  # x is multiplied by a rounded reciprocal there and divided here: four roundings
+    lower = grid[(torch.searchsorted(grid, y - slack, right=True) - 1).clamp(0, len(grid) - 1)]
+    upper = grid[torch.searchsorted(grid, y + slack).clamp(0, len(grid) - 1)]
     assert ((q.values == lower) | (q.values == upper)).all()
 
 
