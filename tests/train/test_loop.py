@@ -8,6 +8,8 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -19,8 +21,9 @@ from lowbits.errors import DataError, RunError, ShapeError
 from lowbits.formats import INT8
 from lowbits.nn import Gemm, Recipe
 from lowbits.quantizers import AbsMean, PerGroup, QuantSpec
-from lowbits.train import Autocast, Compute, Device, Run, Watching, checkpoints, train
+from lowbits.train import Autocast, Compute, Device, Run, Watching, _loop, checkpoints, train
 from lowbits.train._determinism import determinism
+from lowbits.train._world import World
 from tests.train import tiny
 from tests.train.tiny import STOCHASTIC, log_lines, state_bytes, tiny_run
 
@@ -235,3 +238,21 @@ def test_determinism_is_switched_on_for_the_run_alone() -> None:
         assert torch.are_deterministic_algorithms_enabled()
         raise KeyError
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_the_log_names_layers_that_few_bits_make_slower(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(batch_size=8, accumulation=2, block=32)
+    training: Any = SimpleNamespace(run=run, world=World(torch.device("cpu"), 0, 2), model=nn.Linear(2, 2))
+    asked = []
+
+    def gains(model: nn.Module, tokens: int) -> dict[str, float]:
+        asked.append(tokens)
+        return {"h.0.attn.c_attn": 1.2, "h.0.attn.c_proj": 0.7, "h.1.attn.c_proj": 0.8}
+
+    monkeypatch.setattr(_loop, "native_gains", gains)
+    (event,) = _loop._slow_layers(training)
+    assert asked == [8 // 4 * 32] and event.event == "slower"
+    assert "2 layers are slower" in event.message and "0.70 to 0.80" in event.message
+    assert event.message.endswith("--keep.names *.c_proj")
+    monkeypatch.setattr(_loop, "native_gains", lambda *_: {"a": 1.0})
+    assert _loop._slow_layers(training) == []

@@ -14,6 +14,7 @@ from lowbits.analysis._linears import linear_layers, output_axes
 from lowbits.analysis._loss import causal_loss
 from lowbits.analysis._memory import Bytes, Memory, measure_memory, measure_saved_bytes, weights_in_few_bits
 from lowbits.analysis._moments import moment_errors
+from lowbits.analysis._native_gain import native_gains
 from lowbits.analysis._outliers import ChannelStatistics, describe_channels, input_channels, jaccard, overlaps
 from lowbits.analysis._perplexity import Perplexity, perplexity, read_text, text_perplexity, windows
 from lowbits.analysis._probe import LayerProbe, Whole, as_patterns, probe_layers, probe_model, propose_keep
@@ -69,6 +70,7 @@ __all__ = [
     "measure_memory",
     "measure_saved_bytes",
     "moment_errors",
+    "native_gains",
     "output_axes",
     "output_gradients",
     "overlaps",

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lowbits.errors import ConversionError, ShapeError
 from lowbits.nn._blocks import is_conv1d
@@ -143,8 +143,13 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
 
 def set_step_(model: nn.Module, step: int) -> None:
     """Set the counter of all random bits; call it before every forward with a number that never repeats in a run."""
-    for layer in quantized_layers(model).values():
-        layer.noise[0] = step
+    counters = [layer.noise[0] for layer in quantized_layers(model).values()]
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for counter in counters:
+        by_device.setdefault(counter.device, []).append(counter)
+    for device, places in by_device.items():  # one launch, not one a layer
+        value = torch.full((), step, dtype=torch.int64, device=device)
+        torch._foreach_copy_(places, [value] * len(places))  # pyright: ignore[reportPrivateImportUsage]
 
 
 def set_phase_(model: nn.Module, *, forward: bool = True, backward: bool = True) -> None:

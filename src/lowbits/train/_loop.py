@@ -21,13 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from lowbits import models
-from lowbits.analysis import measure_memory
+from lowbits.analysis import measure_memory, native_gains
 from lowbits.data import TokenData, check_vocabulary, prepare
 from lowbits.errors import RunError
 from lowbits.methods import Method
 from lowbits.nn import Conversion, Execution, convert_, weights_quantized_once
 from lowbits.optim import AdamW
-from lowbits.train._batch import Batches
+from lowbits.train._batch import Batches, autocast
 from lowbits.train._checkpoint import newest_intact, tidy, write_checkpoint
 from lowbits.train._determinism import determinism
 from lowbits.train._disk import write_json
@@ -137,9 +137,27 @@ def _set_up(run: Run, out: Path, here: World) -> _Training:
     display.say(f"{run.title}: {conversion}")
     if run.rule.execution is not Execution.SIMULATED:
         events.append(Event("execution", f"the GEMMs under {run.recipe_name} run {run.rule.runs(here.device)}"))
+        if here.device.type == "cuda":
+            events += _slow_layers(t)
     for event in events:
         _report(t, event)
     return t
+
+
+def _slow_layers(t: _Training) -> list[Event]:
+    """Say which layers few bits make slower."""
+    tokens = t.run.batch_size // (t.run.accumulation * t.world.size) * t.run.block
+    with autocast(t.run, t.world):
+        slow = {name: gain for name, gain in native_gains(t.model, tokens).items() if gain < 1}
+    if not slow:
+        return []
+    patterns = sorted({f"*.{name.rpartition('.')[2]}" for name in slow})
+    told = (
+        f"{len(slow)} layers are slower natively than in high precision at {tokens} tokens, timed eagerly: "
+        f"{min(slow.values()):.2f} to {max(slow.values()):.2f} times its speed, {next(iter(slow))} first. "
+        f"Leave them with --keep.names {' '.join(patterns)}"
+    )
+    return [Event("slower", told)]
 
 
 def _open_data(run: Run, out: Path, here: World) -> TokenData:
