@@ -24,6 +24,7 @@ from lowbits.nn import (
     Recipe,
     Save,
     _gemms,
+    _recipe,
     _weight_copies,
     convert_,
     high_precision,
@@ -152,6 +153,23 @@ def test_native_int8_equals_its_simulation(conv1d, forward):
     # Codes are the same; 40 products are summed in float32, or exactly: 40 * 2^-24 * 40 * 1.
     for a, b in zip(run(models[0], x, g), run(models[1], x, g), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["fp8_rowwise", "fp8_tensorwise", "fp8_rowwise_hp_wgrad", "fp8_rowwise_pow2"])
+def test_native_fp8_equals_its_simulation(name, monkeypatch):
+    """torch's FP8 GEMM has an implementation on CPUs, without units; asked for here as if it had some."""
+    monkeypatch.setattr(_recipe, "missing_unit", lambda *_: None)
+    kinds = (Execution.SIMULATED, Execution.AUTO)
+    models = [make(replace(named(name), execution=kind), bias=False) for kind in kinds]
+    x, g = torch.randn(40, 20), torch.randn(40, 12)
+    results = []
+    for model in models:
+        with torch.autocast("cpu", torch.bfloat16):
+            results.append(run(model, x, g.bfloat16())[:3])
+    assert "native" in str(models[1])
+    for a, b in zip(*results, strict=True):
+        # The stand-in rounds decoded operands to bfloat16 (2^-9 each), and both round the result.
+        assert (a.float() - b.float()).norm() <= 2**-8 * a.float().norm()
 
 
 def test_native_layers_show_an_observer_what_they_multiply():

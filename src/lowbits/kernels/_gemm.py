@@ -106,12 +106,16 @@ def _native(lhs: Coded, rhs: Coded, dtype: torch.dtype) -> Tensor:
         return matmul_codes(lhs.codes, rhs.codes, lhs.scale, rhs.scale, dtype)
     if of_blocks(lhs.spec):
         return matmul_blocks(lhs.codes, rhs.codes, lhs.scale, rhs.scale, dtype)
-    n = rhs.codes.shape[0]
-    codes, scale_a, scale_b = pad(rhs.codes.view(torch.uint8), (0, 0, 0, -n % 16)), lhs.scale, rhs.scale
-    if scale_a.numel() != 1 or scale_b.numel() != 1:  # one each, or one of the whole tensor on both sides
-        scale_a = scale_a.expand(lhs.codes.shape[0], 1).contiguous()
-        scale_b = pad(scale_b.expand(n, 1), (0, 0, 0, -n % 16)).contiguous()
-    y = torch.ops.aten._scaled_mm(
-        lhs.codes, codes.view(rhs.codes.dtype).t(), scale_a=scale_a, scale_b=scale_b.t(), out_dtype=torch.bfloat16
-    )
-    return y[:, :n].to(dtype)
+    return _scaled_mm(lhs, rhs).to(dtype)
+
+
+def _scaled_mm(lhs: Coded, rhs: Coded) -> Tensor:
+    """torch's FP8 GEMM, which takes N in multiples of 16 and scales of rows, or of the whole tensor, on both sides."""
+    n, codes, scale_a, scale_b = rhs.codes.shape[0], rhs.codes, lhs.scale, rhs.scale
+    if scale_a.numel() != 1 or scale_b.numel() != 1:
+        scale_a, scale_b = scale_a.expand(lhs.codes.shape[0], 1).contiguous(), scale_b.expand(n, 1).contiguous()
+    if n % 16:  # padding by nothing would copy
+        codes = pad(codes.view(torch.uint8), (0, 0, 0, -n % 16)).view(codes.dtype)
+        scale_b = scale_b if scale_b.numel() == 1 else pad(scale_b, (0, 0, 0, -n % 16))
+    y = torch.ops.aten._scaled_mm(lhs.codes, codes.t(), scale_a=scale_a, scale_b=scale_b.t(), out_dtype=torch.bfloat16)
+    return y[:, :n]

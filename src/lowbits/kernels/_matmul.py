@@ -39,7 +39,7 @@ def matmul_codes(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: 
         dtype: of the result [M, N].
     """
     if not launches("gemm", a.device):
-        rows = pad(b, (0, 0, 0, -b.shape[0] % 8))  # CPUs without VNNI take multiples of 8
+        rows = pad(b, (0, 0, 0, -b.shape[0] % 8)) if b.shape[0] % 8 else b  # CPUs without VNNI take multiples of 8
         sums = torch.ops.aten._int_mm(a, rows.t())[:, : b.shape[0]]
         return (sums.float() * scale_a * scale_b.t()).to(dtype)
     # Through torch's dispatcher where a compiler has to see an operator; it costs as much as the launch.
