@@ -168,8 +168,8 @@ def test_native_fp8_equals_its_simulation(name, monkeypatch):
             results.append(run(model, x, g.bfloat16())[:3])
     assert "native" in str(models[1])
     for a, b in zip(*results, strict=True):
-        # The stand-in rounds decoded operands to bfloat16 (2^-9 each), and both round the result.
-        assert (a.float() - b.float()).norm() <= 2**-8 * a.float().norm()
+        # The stand-in rounds decoded operands to bfloat16 and both round the result: 2^-9 four times.
+        assert (a.float() - b.float()).norm() <= 2**-7 * a.float().norm()
 
 
 def test_native_layers_show_an_observer_what_they_multiply():
