@@ -41,7 +41,9 @@ def library(source: str) -> ctypes.CDLL | None:
             said = "" if path.exists() else _compile((compiler, *flags), source, path)
             if not said:
                 return ctypes.CDLL(str(path))
-    warnings.warn(f"no C compiler ({said}): optimizer steps on the CPU run eagerly, many times slower.", stacklevel=2)
+    warnings.warn(
+        f"no C compiler ({said}): optimizer steps and int8 on the CPU run eagerly, many times slower.", stacklevel=2
+    )
     return None
 
 

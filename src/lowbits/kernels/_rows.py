@@ -3,8 +3,8 @@
 
 A tensor enters two of a layer's three GEMMs, each of which contracts another of its axes, and units want the
 contracted axis to lie together in memory. So X [tokens, in] becomes codes [tokens, in] for fprop and codes
-[in, tokens] for wgrad, each with the scales of its rows. `lowbits.kernels.rows` does this for the rules that it knows;
-the rest takes the definition, which gives the same bytes.
+[in, tokens] for wgrad, each with the scales of its rows. `lowbits.kernels.rows` does this for the rules that it knows,
+and `rows.c` on a CPU to int8; the rest takes the definition, which gives the same bytes.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lowbits.formats import FloatFormat, Format, IntFormat
+from lowbits.kernels import _rows_on_cpu
 from lowbits.kernels._blocks import pack_operand
 from lowbits.kernels._coded import ALIGNED, FLOAT8, Coded, as_matrix, of_blocks, why_not_coded
 from lowbits.kernels._operators import operator
@@ -48,13 +49,23 @@ _NOTHING = _Axis("NONE", 0.0, 0, 0, 0.0, 0.0, "AMAX", "uint8")
 @torch.compiler.assume_constant_result
 def _plan_text(along_k: QuantSpec | None, along_r: QuantSpec | None, device: torch.device) -> str | None:
     """What the kernels are compiled for, as an operator can take it; None where they do not cover it."""
-    return _text(along_k, along_r) if launches("rows", device) else None
+    text = _text(along_k, along_r)
+    if text is None or launches("rows", device):
+        return text
+    return text if device.type == "cpu" and _rows_on_cpu.covered(along_k, along_r) else None
+
+
+_SPECS: dict[str, tuple[QuantSpec | None, QuantSpec | None]] = {}
 
 
 @cache
 def _text(along_k: QuantSpec | None, along_r: QuantSpec | None) -> str | None:
     plan = _axis(along_k), _axis(along_r)
-    return None if plan[0] is None or plan[1] is None else repr((tuple(plan[0]), tuple(plan[1])))
+    if plan[0] is None or plan[1] is None:
+        return None
+    text = repr((tuple(plan[0]), tuple(plan[1])))
+    _SPECS[text] = along_k, along_r
+    return text
 
 
 def _axis(spec: QuantSpec | None) -> _Axis | None:
@@ -63,7 +74,7 @@ def _axis(spec: QuantSpec | None) -> _Axis | None:
         return _NOTHING
     rule = _RULES.get(type(spec.scale))
     plain = spec.rounding is Rounding.NEAREST and spec.transform is None
-    if rule is None or not plain or why_not_coded(spec) is not None:
+    if rule is None or not plain or not spec.format.has_zero or why_not_coded(spec) is not None:
         return None
     assert isinstance(spec.scale, Amax | PowerOfTwo | ReciprocalAmax)
     floor, top, fmt = _float32(spec.scale.floor), 0.0, spec.format
@@ -108,7 +119,8 @@ def quantize_both(
         first = None if along_k is None else _of_blocks(x, along_k, noise_k)
         return first, None if along_r is None else _of_blocks(x.t(), along_r, noise_r)
     plan = _plan_text(along_k, along_r, x.device)
-    if plan is None or x.numel() == 0 or x.dtype not in (torch.bfloat16, torch.float32):
+    few = x.device.type == "cpu" and x.numel() < _rows_on_cpu.SMALLEST and not launches("rows", x.device)
+    if plan is None or few or x.numel() == 0 or x.dtype not in (torch.bfloat16, torch.float32):
         first = None if along_k is None else Coded.of(quantize(x, along_k, noise_k))
         return first, None if along_r is None else Coded.of(quantize(x.t(), along_r, noise_r))
     # Through torch's dispatcher where a compiler has to see an operator; it costs as much as the launches.
@@ -139,9 +151,13 @@ def _results(x: Tensor, along_k: _Axis, along_r: _Axis) -> tuple[Tensor, Tensor,
 
 
 def _launch(x: Tensor, plan_text: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    k, (along_k, along_r) = kernels("rows"), _from_text(plan_text)
-    assert k is not None
+    along_k, along_r = _from_text(plan_text)
     codes_k, scale_k, codes_r, scale_r = results = _results(x, along_k, along_r)
+    if not launches("rows", x.device):
+        _rows_on_cpu.quantize_rows(x, *_SPECS[plan_text], results)
+        return results
+    k = kernels("rows")
+    assert k is not None
     (rows, columns), (stride_r, stride_k) = x.shape, x.stride()
     amax_k, amax_r = torch.zeros(scale_k.numel() + scale_r.numel(), dtype=torch.int32, device=x.device).split(
         (scale_k.numel(), scale_r.numel())
