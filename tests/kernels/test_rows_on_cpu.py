@@ -58,6 +58,17 @@ def test_the_definitions_bytes(spec):
                     assert coded.scale.shape == right.scale.shape
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("row", "column"), [(True, True), (True, False), (False, True), (False, False)])
+def test_sums_under_their_scales(row, column, dtype):
+    sums = torch.randint(-(2**31), 2**31 - 1, (37, 80)).to(torch.int32)[:, :70]
+    a, b = (10 ** torch.randn(n if each else 1, 1) for n, each in ((37, row), (70, column)))
+    a.view(-1)[0], b.view(-1)[-1] = math.nan if row else 3e38, 1e30
+    expected = (sums.float() * a * b.t()).to(dtype)
+    got = _rows_on_cpu.scaled(sums, a, b, dtype)
+    assert torch.equal(got.nan_to_num(7.0), expected.nan_to_num(7.0)) and got.dtype == dtype
+
+
 def test_it_is_c_that_ran_and_the_definition_where_there_is_no_compiler(monkeypatch):
     ran = []
     inner = _rows_on_cpu.quantize_rows

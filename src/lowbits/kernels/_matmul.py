@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from lowbits.kernels import _rows_on_cpu
 from lowbits.kernels._operators import operator
 from lowbits.kernels._units import kernels, launches, multiprocessors, on_device
 
@@ -41,7 +42,8 @@ def matmul_codes(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: 
     if not launches("gemm", a.device):
         rows = pad(b, (0, 0, 0, -b.shape[0] % 8)) if b.shape[0] % 8 else b  # CPUs without VNNI take multiples of 8
         sums = torch.ops.aten._int_mm(a, rows.t())[:, : b.shape[0]]
-        return (sums.float() * scale_a * scale_b.t()).to(dtype)
+        known = _rows_on_cpu.scaled(sums, scale_a, scale_b, dtype)
+        return (sums.float() * scale_a * scale_b.t()).to(dtype) if known is None else known
     # Through torch's dispatcher where a compiler has to see an operator; it costs as much as the launch.
     run = _matmul_codes_op if torch.compiler.is_compiling() else _launch
     return run(a, b, scale_a, scale_b, dtype)

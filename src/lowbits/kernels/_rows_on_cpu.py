@@ -71,6 +71,28 @@ def quantize_rows(
     functions.quantize(*map(ctypes.c_int64, (*words, *multiplies, threads)))
 
 
+def scaled(sums: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """Return sums[m, n] scale_a[m] scale_b[n] in one pass; None where nothing compiled does it.
+
+    Args:
+        sums: int32 [M, N], rows lying together.
+        scale_a: float32 [M, 1] or [1, 1].
+        scale_b: float32 [N, 1] or [1, 1].
+        dtype: of the result.
+    """
+    compiles = torch.compiler.is_compiling() or sums.numel() < SMALLEST or sums.device.type != "cpu"
+    if compiles or dtype not in (torch.bfloat16, torch.float32) or (functions := _functions()) is None:
+        return None
+    rows, columns = sums.shape
+    out = torch.empty(rows, columns, dtype=dtype)
+    words = (
+        sums.data_ptr(), scale_a.data_ptr(), int(scale_a.numel() > 1), scale_b.data_ptr(), int(scale_b.numel() > 1),
+        out.data_ptr(), int(dtype == torch.bfloat16), rows, columns, sums.stride(0), torch.get_num_threads(),
+    )  # fmt: skip
+    functions.scale(*map(ctypes.c_int64, words))
+    return out
+
+
 @cache
 def _functions() -> ctypes.CDLL | None:
     return library(files("lowbits.kernels").joinpath("rows.c").read_text(encoding="utf-8"))

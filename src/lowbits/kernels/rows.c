@@ -79,3 +79,24 @@ void quantize(const void *x, int64_t bfloat16, int64_t rows, int64_t columns, in
         }
     }
 }
+
+// out[m, n] = sums[m, n] a[m] b[n], to float32 or bfloat16; a stride of 0 takes one scale for all.
+void scale(const int32_t *sums, const float *a, int64_t stride_a, const float *b, int64_t stride_b, void *out,
+           int64_t bfloat16, int64_t rows, int64_t columns, int64_t stride, int64_t threads) {
+#pragma omp parallel for schedule(static) num_threads((int)threads)
+    for (int64_t r = 0; r < rows; r++) {
+        const int32_t *restrict from = sums + r * stride;
+        float by = a[r * stride_a];
+        if (!bfloat16) {
+            float *restrict to = (float *)out + r * columns;
+            for (int64_t i = 0; i < columns; i++) to[i] = (float)from[i] * by * b[i * stride_b];
+            continue;
+        }
+        uint16_t *restrict to = (uint16_t *)out + r * columns;
+        for (int64_t i = 0; i < columns; i++) {  // to the nearest, ties to even; NaN stays NaN
+            uint32_t bits = bits_of((float)from[i] * by * b[i * stride_b]);
+            uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+            to[i] = (uint16_t)((bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : rounded);
+        }
+    }
+}
