@@ -115,7 +115,8 @@ def _keep_for_backward(
 ) -> None:
     """Save X and W, packed where they are codes, and X as wgrad's operand where the recipe asks for it."""
     ctx.plan, ctx.weight_dtype = plan, weight_dtype
-    if plan.recipe.save is Save.OPERANDS and ctx.needs_input_grad[1] and isinstance(x, Tensor):
+    wanted = plan.trains and ctx.needs_input_grad[1]
+    if plan.recipe.save is Save.OPERANDS and wanted and isinstance(x, Tensor):
         assert plan.recipe.wgrad.rhs is not None
         known = _by_kernel(pack_operand, x.t(), plan.recipe.wgrad.rhs, plan, "wgrad.rhs", noise)
         x = known or _operand(x.t(), "wgrad.rhs", plan, noise)
