@@ -9,6 +9,7 @@ transformers model nor `param_groups` would know it.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -39,16 +40,16 @@ MATRIX_LAYERS = (
 )
 
 
-class View(WeightView):
+class View(WeightView, ABC):
     """A function of a weight; subclasses give `forward` and `coded`."""
 
+    @abstractmethod
     def coded(self, weight: Tensor) -> PointTensor:
         """Return the viewed weight as it would be stored.
 
         Args:
             weight: the parameter.
         """
-        raise NotImplementedError
 
     def set_draw_(self, draw: int) -> None:
         """Set the counter of the random bits, for views that have some.
