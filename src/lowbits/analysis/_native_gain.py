@@ -18,7 +18,7 @@ _REPEATS = 5
 def native_gains(model: nn.Module, tokens: int) -> dict[str, float]:
     """Return, by layer, how many times as fast its GEMMs are as `nn.Linear`'s, forward and backward, eagerly.
 
-    One layer of each shape and recipe is timed, in the autocast of the caller; of several, the median.
+    One layer of each shape and recipe is timed, in the autocast of the caller; the median of some passes.
 
     Args:
         model: converted, on its device.
