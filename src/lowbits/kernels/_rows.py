@@ -18,79 +18,116 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lowbits.formats import FloatFormat, Format, IntFormat
+from lowbits.formats import E4M3, E5M2, FloatFormat, IntFormat
 from lowbits.kernels import _rows_on_cpu
 from lowbits.kernels._blocks import pack_operand
 from lowbits.kernels._coded import ALIGNED, FLOAT8, Coded, as_matrix, of_blocks, why_not_coded
 from lowbits.kernels._operators import operator
 from lowbits.kernels._units import kernels, launches, on_device
-from lowbits.quantizers import Amax, PerTensor, PowerOfTwo, QuantSpec, ReciprocalAmax, Rounding, quantize
+from lowbits.quantizers import (
+    Amax,
+    PerRow,
+    PerTensor,
+    PowerOfTwo,
+    QuantSpec,
+    ReciprocalAmax,
+    Rounding,
+    ScaleRule,
+    quantize,
+)
 
 _TILE = 64, 128  # rows and columns that a program works on: the fewest instructions an element
-_RULES = {Amax: "AMAX", PowerOfTwo: "POWER_OF_TWO", ReciprocalAmax: "RECIPROCAL"}
+_NAMED = {"AMAX": Amax, "POWER_OF_TWO": PowerOfTwo, "RECIPROCAL": ReciprocalAmax}
+_RULES: dict[type[ScaleRule], str] = {kind: name for name, kind in _NAMED.items()}
 
 
 class _Axis(NamedTuple):
-    """What the kernels are compiled for, along one of the axes."""
+    """How to quantize along an axis, in literals: a compiler takes those for constants, and an operator's text can
+    hold them."""
 
     of: str
-    high: float
-    mantissa: int
-    lowest: int
-    floor: float
-    top: float
     rule: str
-    dtype: str
+    floor: float
+    format: tuple[str, int, bool, bool] | str  # the arguments of an `IntFormat`, or the name of an FP8
 
 
-_NOTHING = _Axis("NONE", 0.0, 0, 0, 0.0, 0.0, "AMAX", "uint8")
+class _Made(NamedTuple):
+    """What the kernels are compiled for, along one of the axes."""
+
+    spec: QuantSpec | None
+    of: str
+    dtype: torch.dtype
+    constants: dict[str, Any]
 
 
-@torch.compiler.assume_constant_result
-def _plan_text(along_k: QuantSpec | None, along_r: QuantSpec | None, device: torch.device) -> str | None:
-    """What the kernels are compiled for, as an operator can take it; None where they do not cover it."""
-    text = _text(along_k, along_r)
-    if text is None or launches("rows", device):
-        return text
-    return text if device.type == "cpu" and _rows_on_cpu.covered(along_k, along_r) else None
-
-
-_SPECS: dict[str, tuple[QuantSpec | None, QuantSpec | None]] = {}
-
-
-@cache
 def _text(along_k: QuantSpec | None, along_r: QuantSpec | None) -> str | None:
-    plan = _axis(along_k), _axis(along_r)
-    if plan[0] is None or plan[1] is None:
-        return None
-    text = repr((tuple(plan[0]), tuple(plan[1])))
-    _SPECS[text] = along_k, along_r
-    return text
+    """Both axes; None where the kernels do not know one of them."""
+    first, second = _axis(along_k), _axis(along_r)
+    unknown = (first is None and along_k is not None) or (second is None and along_r is not None)
+    # Tuples without names, since their literals are read again.
+    return None if unknown else repr((first and tuple(first), second and tuple(second)))
+
+
+_known_text = cache(_text)  # compilers read through caches, and complain of each
 
 
 def _axis(spec: QuantSpec | None) -> _Axis | None:
-    """How the kernels quantize along an axis; None where they do not."""
-    if spec is None:
-        return _NOTHING
-    rule = _RULES.get(type(spec.scale))
+    if spec is None or type(spec.scale) not in _RULES:
+        return None
+    rows = isinstance(spec.granularity, PerRow)
     plain = spec.rounding is Rounding.NEAREST and spec.transform is None
-    if rule is None or not plain or not spec.format.has_zero or why_not_coded(spec) is not None:
+    if not plain or not (rows or isinstance(spec.granularity, PerTensor)):
         return None
     assert isinstance(spec.scale, Amax | PowerOfTwo | ReciprocalAmax)
-    floor, top, fmt = _float32(spec.scale.floor), 0.0, spec.format
-    if isinstance(spec.scale, ReciprocalAmax):
-        if not spec.scale.floor > 0:
+    fmt, kind = spec.format, ("ROW" if rows else "TENSOR", _RULES[type(spec.scale)], spec.scale.floor)
+    if isinstance(fmt, IntFormat):
+        return _Axis(*kind, (fmt.name, fmt.bits, fmt.signed, fmt.lowest))
+    return _Axis(*kind, fmt.name) if fmt in (E4M3, E5M2) else None
+
+
+@torch.compiler.assume_constant_result
+def _runs(text: str, device: torch.device) -> bool:
+    """Whether a device has kernels for it."""
+    made = _from_text(text)
+    if made is None:
+        return False
+    specs = [axis.spec for axis in made]
+    return launches("rows", device) or (device.type == "cpu" and _rows_on_cpu.covered(*specs))
+
+
+@cache
+def _from_text(text: str) -> tuple[_Made, _Made] | None:
+    first, second = (_made(name, axis) for name, axis in zip("KR", ast.literal_eval(text), strict=True))
+    return None if first is None or second is None else (first, second)
+
+
+def _made(name: str, found: tuple[Any, ...] | None) -> _Made | None:
+    """None where the kernels do not quantize so."""
+    if found is None:
+        return _Made(None, "NONE", torch.uint8, _named(name, 0.0, 0, 0, 0.0, 0.0, "AMAX"))
+    axis = _Axis(*found)
+    rule = _NAMED[axis.rule](axis.floor)
+    fmt = IntFormat(*axis.format) if isinstance(axis.format, tuple) else {"e4m3": E4M3, "e5m2": E5M2}[axis.format]
+    spec = QuantSpec(fmt, PerRow() if axis.of == "ROW" else PerTensor(), rule)
+    floor, top = _float32(axis.floor), 0.0
+    if not fmt.has_zero or why_not_coded(spec) is not None:
+        return None
+    if isinstance(rule, ReciprocalAmax):
+        if not rule.floor > 0:
             return None
         # The definition compares in float64: the first float32 that is not below.
-        floor = floor if floor >= spec.scale.floor else _next_float32(floor)
-        top = _float32(fmt.max / spec.scale.floor)
-    of = "TENSOR" if isinstance(spec.granularity, PerTensor) else "ROW"
+        floor = floor if floor >= rule.floor else _next_float32(floor)
+        top = _float32(fmt.max / rule.floor)
     mantissa, lowest = (fmt.mantissa_bits, fmt.min_normal_exponent) if isinstance(fmt, FloatFormat) else (0, 0)
-    return _Axis(of, fmt.max, mantissa, lowest, floor, top, rule, str(_dtype(fmt)).removeprefix("torch."))
+    dtype = torch.int8 if isinstance(fmt, IntFormat) else FLOAT8[fmt]
+    return _Made(spec, axis.of, dtype, _named(name, fmt.max, mantissa, lowest, floor, top, axis.rule))
 
 
-def _dtype(fmt: Format) -> torch.dtype:
-    return torch.int8 if isinstance(fmt, IntFormat) else FLOAT8[fmt]
+def _named(name: str, *values: float | str) -> dict[str, Any]:
+    return {f"{key}_{name}": value for key, value in zip(_CONSTANTS, values, strict=True)}
+
+
+_CONSTANTS = "HIGH", "M", "LOWEST", "FLOOR", "TOP", "RULE"
 
 
 def _float32(x: float) -> float:
@@ -118,14 +155,15 @@ def quantize_both(
     if any(spec is not None and of_blocks(spec) for spec in (along_k, along_r)):
         first = None if along_k is None else _of_blocks(x, along_k, noise_k)
         return first, None if along_r is None else _of_blocks(x.t(), along_r, noise_r)
-    plan = _plan_text(along_k, along_r, x.device)
+    compiles = torch.compiler.is_compiling()
+    text = (_text if compiles else _known_text)(along_k, along_r)
     few = x.device.type == "cpu" and x.numel() < _rows_on_cpu.SMALLEST and not launches("rows", x.device)
-    if plan is None or few or x.numel() == 0 or x.dtype not in (torch.bfloat16, torch.float32):
+    readable = x.numel() > 0 and x.dtype in (torch.bfloat16, torch.float32) and not few
+    if text is None or not readable or not _runs(text, x.device):
         first = None if along_k is None else Coded.of(quantize(x, along_k, noise_k))
         return first, None if along_r is None else Coded.of(quantize(x.t(), along_r, noise_r))
     # Through torch's dispatcher where a compiler has to see an operator; it costs as much as the launches.
-    run = _quantize_rows_op if torch.compiler.is_compiling() else _launch
-    codes_k, scale_k, codes_r, scale_r = run(x, plan)
+    codes_k, scale_k, codes_r, scale_r = (_quantize_rows_op if compiles else _quantize_rows)(x, text)
     first = None if along_k is None else Coded(codes_k, scale_k, along_k, x.shape[1])
     return first, None if along_r is None else Coded(codes_r, scale_r, along_r, x.shape[0])
 
@@ -137,27 +175,34 @@ def _of_blocks(x: Tensor, spec: QuantSpec, noise: Tensor | None) -> Coded:
         packed = pack_operand(x, spec, x, 0)
     if packed is None:
         return Coded.of(quantize(x, spec, noise))
-    return Coded(packed.codes.view(_dtype(spec.format)).view(x.shape), as_matrix(packed.scale, spec), spec, x.shape[1])
+    return Coded(packed.codes.view(FLOAT8[spec.format]).view(x.shape), as_matrix(packed.scale, spec), spec, x.shape[1])
 
 
-def _results(x: Tensor, along_k: _Axis, along_r: _Axis) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _results(x: Tensor, made: tuple[_Made, _Made]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     found: list[Tensor] = []
-    for axis, (rows, length) in ((along_k, x.shape), (along_r, x.shape[::-1])):
-        used = axis.of != "NONE"
+    for axis, (rows, length) in zip(made, (x.shape, x.shape[::-1]), strict=True):
+        used = axis.spec is not None
         padded = math.ceil(length / ALIGNED) * ALIGNED
-        found.append(x.new_empty((rows, padded) if used else (0,), dtype=getattr(torch, axis.dtype)))
+        found.append(x.new_empty((rows, padded) if used else (0,), dtype=axis.dtype))
         found.append(x.new_empty((rows if axis.of == "ROW" else 1, 1) if used else (0,), dtype=torch.float32))
     return found[0], found[1], found[2], found[3]
 
 
-def _launch(x: Tensor, plan_text: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    along_k, along_r = _from_text(plan_text)
-    codes_k, scale_k, codes_r, scale_r = results = _results(x, along_k, along_r)
-    if not launches("rows", x.device):
-        _rows_on_cpu.quantize_rows(x, *_SPECS[plan_text], results)
-        return results
+def _quantize_rows(x: Tensor, text: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    made = _from_text(text)
+    assert made is not None
+    results = _results(x, made)
+    if launches("rows", x.device):
+        _launch(x, made, results)
+    else:
+        _rows_on_cpu.quantize_rows(x, made[0].spec, made[1].spec, results)
+    return results
+
+
+def _launch(x: Tensor, made: tuple[_Made, _Made], results: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
     k = kernels("rows")
     assert k is not None
+    (along_k, along_r), (codes_k, scale_k, codes_r, scale_r) = made, results
     (rows, columns), (stride_r, stride_k) = x.shape, x.stride()
     amax_k, amax_r = torch.zeros(scale_k.numel() + scale_r.numel(), dtype=torch.int32, device=x.device).split(
         (scale_k.numel(), scale_r.numel())
@@ -166,37 +211,23 @@ def _launch(x: Tensor, plan_text: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     constants: dict[str, Any] = {"BR": br, "BK": bk, "num_warps": 4, "enable_fp_fusion": False}
     kinds = {"OF_K": along_k.of, "OF_R": along_r.of}
     # Each copy is filled up with zeros along what a GEMM contracts.
-    padded_k = codes_k.shape[1] if along_k.of != "NONE" else columns
-    padded_r = codes_r.shape[1] if along_r.of != "NONE" else rows
+    padded_k = columns if along_k.spec is None else codes_k.shape[1]
+    padded_r = rows if along_r.spec is None else codes_r.shape[1]
     with on_device(x.device):
         k.amax[-(-columns // bk), -(-rows // br)](
             x, amax_k, amax_r, rows, columns, stride_r, stride_k, **kinds, **constants
         )
         k.quantize[-(-padded_k // bk), -(-padded_r // br)](
             x, amax_k, amax_r, codes_k, scale_k, codes_r, scale_r, rows, columns, padded_k, padded_r, stride_r,
-            stride_k, **kinds, **_constants("K", along_k), **_constants("R", along_r), **constants,
+            stride_k, **kinds, **along_k.constants, **along_r.constants, **constants,
         )  # fmt: skip
-    return results
-
-
-@cache
-def _constants(name: str, axis: _Axis) -> dict[str, Any]:
-    values = {
-        "HIGH": axis.high, "M": axis.mantissa, "LOWEST": axis.lowest, "FLOOR": axis.floor,
-        "TOP": axis.top, "RULE": axis.rule,
-    }  # fmt: skip
-    return {f"{key}_{name}": value for key, value in values.items()}
-
-
-@cache
-def _from_text(text: str) -> tuple[_Axis, _Axis]:
-    first, second = ast.literal_eval(text)
-    return _Axis(*first), _Axis(*second)
 
 
 # An operator takes no tuples: what was compiled for a plan is found by its text.
-def _quantize_rows(x: Tensor, plan_text: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _launch(x, plan_text)
+def _shapes(x: Tensor, text: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    made = _from_text(text)
+    assert made is not None
+    return _results(x, made)
 
 
-_quantize_rows_op = operator(_quantize_rows, lambda x, plan_text: _results(x, *_from_text(plan_text)))
+_quantize_rows_op = operator(_quantize_rows, _shapes)

@@ -61,7 +61,6 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-@torch.compiler.assume_constant_result
 def missing_unit(spec: QuantSpec, device: torch.device) -> str | None:
     """Say which GEMM a device does not have; None if it multiplies such codes.
 
@@ -74,6 +73,7 @@ def missing_unit(spec: QuantSpec, device: torch.device) -> str | None:
     return _missing("int8" if isinstance(spec.format, IntFormat) else "FP8", device)
 
 
+@torch.compiler.assume_constant_result
 @cache
 def _missing(kind: str, device: torch.device) -> str | None:
     if kind == "int8" and device.type == "cuda" and importlib.util.find_spec("triton") is None:

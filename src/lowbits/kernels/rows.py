@@ -109,6 +109,8 @@ def _codes(v, by, HIGH: tl.constexpr, M: tl.constexpr, LOWEST: tl.constexpr, RUL
         y = v * tl.div_rn(1.0, by)  # exact, as the division would be
     else:
         y = _quotient(v, by)
+        if TYPE != tl.int8:  # corrections of what underflowed lose the sign of its zero
+            y = _as_float(y.to(tl.uint32, bitcast=True) | (v.to(tl.uint32, bitcast=True) & 0x80000000))
     if TYPE == tl.int8:
         # 1.5 * 2^23: float32 rounds to integers there, ties to even, and holds them in its lowest bits. The scale is
         # that of the largest magnitude, so nothing leaves the grid.

@@ -137,7 +137,8 @@ def _keep_for_backward(
 
 def _kept(ctx: Any) -> tuple[Tensor, Operand, Operand]:
     """The noise buffer, and X and W as they were saved."""
-    noise, *parts = ctx.saved_tensors
+    noise, *saved = ctx.saved_tensors
+    parts = list(saved)  # torch 2.11 compiles the star to a tuple
     found: list[Operand] = []
     for packed in ctx.kept:
         if packed is None:
