@@ -58,18 +58,20 @@ class Coded:
         codes = filled.nan_to_num().to(torch.int8) if integers else filled.to(FLOAT8[q.spec.format])
         return cls(codes.contiguous(), as_matrix(q.scale, q.spec).contiguous(), q.spec, q.length)
 
+    def quantized(self) -> QTensor:
+        """Return the definition's tensor of these bytes; in rows whose scale is NaN its values may be others."""
+        values = self.codes[:, : self.spec.padded((self.length,))[0]].float()
+        scale = self.scale
+        match self.spec.granularity:
+            case PerGroup():
+                scale = scale[..., None]
+            case PerTile():
+                scale = scale[:, None, :, None]
+        return QTensor(values, scale, self.spec, self.length)
+
     def dequantize(self) -> Tensor:
         """Return the approximation of x, float32, in x's own basis and shape; the definition's numbers."""
-        values = self.codes[:, : self.spec.padded((self.length,))[0]].float()
-        if isinstance(self.spec.granularity, PerGroup | PerTile):
-            spread = self.scale.repeat_interleave(_BLOCK, 1)[:, : values.shape[1]]
-            if isinstance(self.spec.granularity, PerTile):
-                spread = spread.repeat_interleave(_BLOCK, 0)[: values.shape[0]]
-            values = values * spread
-        else:
-            values = values * self.scale
-        transform = self.spec.transform
-        return values if transform is None else transform.inverse(values)[:, : self.length]
+        return self.quantized().dequantize()
 
 
 def as_matrix(scale: Tensor, spec: QuantSpec) -> Tensor:

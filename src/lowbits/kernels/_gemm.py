@@ -15,8 +15,8 @@ Shapes: M rows of the left operand, N rows of the right one, K the contraction. 
   have a scale for every 128 elements of it instead, which are applied to the sums of 128 products.
 
 Which implementation runs natively: int8 codes are summed exactly in int32, by Triton on CUDA and by oneDNN on a CPU,
-so both give the same numbers. FP8 goes through torch's `_scaled_mm` (cuBLAS and CUTLASS), with block scales through
-Triton.
+so both give the same numbers. FP8 goes through torch's `_scaled_mm` (cuBLAS and CUTLASS); with block scales too where
+torch has that and blocks are whole, else through Triton.
 """
 
 from __future__ import annotations

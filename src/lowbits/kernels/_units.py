@@ -61,6 +61,25 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@cache
+def torch_has_block_scales(device: torch.device) -> bool:
+    """Return whether torch multiplies FP8 with a scale for 128 elements of the contraction, which newer cuBLAS does.
+
+    Args:
+        device: with CUDA.
+    """
+    if device.type != "cuda":
+        return False
+    one = torch.ones(128, 512, device=device).to(torch.float8_e4m3fn)
+    rows, tiles = torch.ones(4, 128, device=device), torch.ones(1, 4, device=device)
+    try:
+        for scale_b in (tiles.t(), rows):
+            torch.ops.aten._scaled_mm(one, one.t(), rows.t(), scale_b, out_dtype=torch.bfloat16)
+    except (RuntimeError, ValueError, NotImplementedError):
+        return False
+    return True
+
+
 def missing_unit(spec: QuantSpec, device: torch.device) -> str | None:
     """Say which GEMM a device does not have; None if it multiplies such codes.
 
@@ -74,8 +93,12 @@ def missing_unit(spec: QuantSpec, device: torch.device) -> str | None:
 
 
 @torch.compiler.assume_constant_result
-@cache
 def _missing(kind: str, device: torch.device) -> str | None:
+    return _found_missing(kind, device)
+
+
+@cache
+def _found_missing(kind: str, device: torch.device) -> str | None:
     if kind == "int8" and device.type == "cuda" and importlib.util.find_spec("triton") is None:
         return f"{device} has no int8 GEMM here: it is Triton's, and triton is not installed"
     if kind == "int8" and device.type in ("cpu", "cuda"):

@@ -207,7 +207,7 @@ def _both(
         drawn_k = None if spec_k is None or along_k is None else _draw(x.shape, spec_k, along_k, noise)
         drawn_r = None if spec_r is None or along_r is None else _draw(x.t().shape, spec_r, along_r, noise)
         coded = quantize_both(x, spec_k, spec_r, drawn_k, drawn_r)
-        _observe_coded(plan, ((along_k, spec_k, x, drawn_k), (along_r, spec_r, x.t(), drawn_r)))
+        _observe_coded(plan, ((along_k, coded[0], x), (along_r, coded[1], x.t())))
     of_k = coded[0] if coded[0] is not None or along_k is None else _operand(x, along_k, plan, noise)
     of_r = coded[1] if coded[1] is not None or along_r is None else _operand(x.t(), along_r, plan, noise)
     return of_k, of_r
@@ -261,13 +261,12 @@ def _observed(plan: Plan, role: str, x: Tensor, q: QTensor) -> QTensor:
     return q
 
 
-def _observe_coded(plan: Plan, of: tuple[tuple[str | None, QuantSpec | None, Tensor, Tensor | None], ...]) -> None:
-    """An observer wants the definition's tensors, which codes were not made from."""
+def _observe_coded(plan: Plan, of: tuple[tuple[str | None, Coded | None, Tensor], ...]) -> None:
     if plan.observer is None:
         return
-    for role, spec, x, drawn in of:
-        if role is not None and spec is not None:
-            plan.observer(role, x, quantize(x, spec, drawn))
+    for role, coded, x in of:
+        if role is not None and coded is not None:
+            plan.observer(role, x, coded.quantized())
 
 
 def _draw(shape: torch.Size, spec: QuantSpec, role: str, noise: Tensor) -> Tensor | None:
