@@ -23,7 +23,17 @@ import lowbits.kernels.rows  # noqa: F401  the interpreter's kernels are used wh
 from lowbits.formats import E4M3, E5M2, INT4, INT8, TERNARY
 from lowbits.kernels import Coded, _rows, quantize_both, scaled_mm
 from lowbits.nn import convert_
-from lowbits.quantizers import Amax, PerRow, PerTensor, PowerOfTwo, QuantSpec, ReciprocalAmax, quantize
+from lowbits.quantizers import (
+    Amax,
+    PerGroup,
+    PerRow,
+    PerTensor,
+    PerTile,
+    PowerOfTwo,
+    QuantSpec,
+    ReciprocalAmax,
+    quantize,
+)
 from lowbits.recipes import named
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -33,7 +43,11 @@ SPECS = [
     QuantSpec(fmt, granularity, rule)
     for fmt, granularity, rule in itertools.product((INT8, E4M3, E5M2, INT4, TERNARY), (PerRow(), PerTensor()), RULES)
 ]
-SHAPES = [(70, 112, False), (40, 17, True)]
+SPECS += [
+    QuantSpec(fmt, granularity, rule)
+    for fmt, granularity, rule in itertools.product((E4M3, E5M2), (PerGroup(128), PerTile(128, 128)), RULES)
+]
+SHAPES = [(70, 112, False), (40, 17, True), (140, 272, False)]
 SHAPES += [(1000, 4096, True), (4096, 1008, False), (1, 1, False), (129, 257, False)] if FULL else []
 VALUES = (None, 0.0, torch.inf, torch.nan, 1e-40, 3e38, 1e-12)
 
@@ -61,14 +75,20 @@ def differing(x: Tensor, along_k: QuantSpec | None, along_r: QuantSpec | None) -
         right = Coded.of(quantize(of, spec))
         assert coded.codes.shape == right.codes.shape and coded.codes.dtype == right.codes.dtype
         assert coded.scale.shape == right.scale.shape and coded.length == right.length
-        fine = right.scale.isfinite().expand(
-            right.codes.shape
-        )  # codes under a NaN scale decode to NaN whatever they are
+        fine = spread(right.scale.isfinite(), right.codes)  # codes under a NaN scale decode to NaN whatever they are
         codes = (coded.codes.view(torch.uint8) != right.codes.view(torch.uint8)) & fine
         scales = coded.scale.nan_to_num(7.0) != right.scale.nan_to_num(7.0)
         wrong = {f"{name}.codes": int(codes.sum()), f"{name}.scale": int(scales.sum())}
         found |= {what: count for what, count in wrong.items() if count}
     return found
+
+
+def spread(of_scales: Tensor, codes: Tensor) -> Tensor:
+    """What is known of scales, for every code."""
+    if of_scales.shape[1] == 1 and of_scales.shape[0] in (1, codes.shape[0]):
+        return of_scales.expand(codes.shape)
+    rows = 1 if of_scales.shape[0] == codes.shape[0] else 128
+    return of_scales.repeat_interleave(128, 1).repeat_interleave(rows, 0)[: codes.shape[0], : codes.shape[1]]
 
 
 def products() -> None:

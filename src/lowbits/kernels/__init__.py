@@ -5,6 +5,7 @@ from lowbits.kernels._blocks import Decoded, pack_operand, quantize_operand, unp
 from lowbits.kernels._c_compiler import library as c_library
 from lowbits.kernels._coded import Coded, illegal_on_hardware
 from lowbits.kernels._gemm import Execution, Operand, scaled_mm
+from lowbits.kernels._operators import as_dtype
 from lowbits.kernels._rows import quantize_both
 from lowbits.kernels._units import missing_unit
 
@@ -13,6 +14,7 @@ __all__ = [
     "Decoded",
     "Execution",
     "Operand",
+    "as_dtype",
     "c_library",
     "illegal_on_hardware",
     "missing_unit",

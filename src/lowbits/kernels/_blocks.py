@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from lowbits.formats import FloatFormat
+from lowbits.kernels._launch import launch
 from lowbits.kernels._operators import operator
-from lowbits.kernels._units import kernels, launches, on_device
+from lowbits.kernels._units import kernels, launches
 from lowbits.quantizers import (
     BlockRounding,
     Hadamard,
@@ -266,20 +267,14 @@ def _launch_quantize(
     if _in_registers(plan) and stride_r == 1 and length % 16 == 0:
         _launch_columns(x, noise, (inner, stored, scales, outer), role, length, plan, codes)
         return inner, stored, scales, outer
-    constants, rotation = _constants(plan), _rotation(plan)
-    br, bk = _tile(plan)
-    grid = (-(-length // bk), -(-rows // br))
-    whole = torch.zeros((), dtype=torch.int32, device=x.device)
-    with on_device(x.device):
-        if plan.rule.startswith("TWO_LEVEL"):
-            k.amax[grid](
-                x, whole, rows, columns, stride_r, stride_k, **rotation, BR=br, BK=bk,
-                num_warps=constants["num_warps"], enable_fp_fusion=False,
-            )  # fmt: skip
-        k.quantize[grid](
-            x, noise, whole, inner, stored, scales, outer, role, rows, columns, length, stride_r, stride_k, **rotation,
-            **constants, **_of_format(plan), INNER=not codes, CODES=codes,
-        )  # fmt: skip
+    constants, rotation, (br, bk) = _constants(plan), _rotation(plan), _tile(plan)
+    grid, whole = (-(-length // bk), -(-rows // br), 1), torch.zeros((), dtype=torch.int32, device=x.device)
+    if plan.rule.startswith("TWO_LEVEL"):
+        compiled = {name: constants[name] for name in ("BR", "BK", "num_warps", "enable_fp_fusion")}
+        launch(k.amax, grid, (x, whole, rows, columns, stride_r, stride_k), rotation | compiled, plan, x.device)
+    arguments = x, noise, whole, inner, stored, scales, outer, role, rows, columns, length, stride_r, stride_k
+    compiled = rotation | constants | _of_format(plan) | {"INNER": not codes, "CODES": codes}
+    launch(k.quantize, grid, arguments, compiled, (plan, codes), x.device)
     return inner, stored, scales, outer
 
 
@@ -296,19 +291,17 @@ def _launch_columns(
     k = kernels("columns")
     assert k is not None
     (rows, columns), strides, (bg, br) = x.shape, x.stride(), _GROUPS
-    grid = (-(-rows // br), -(-length // (16 * bg)))
+    grid = -(-rows // br), -(-length // (16 * bg)), 1
     whole = torch.zeros((), dtype=torch.int32, device=x.device)
-    launch = {"BG": bg, "BR": br, "num_warps": 4, "enable_fp_fusion": False}
+    shape = {"BG": bg, "BR": br, "num_warps": 4, "enable_fp_fusion": False}
     rotation = {name: value for name, value in _rotation(plan).items() if name in ("SIGNS", "SCALE", "BF16")}
     format_ = {
         name: value for name, value in _constants(plan).items() if name in ("M", "LOWEST", "BITS", "NAN", "RULE")
     }
-    with on_device(x.device):
-        k.amax[grid](x, whole, rows, columns, *strides, **rotation, **launch)
-        k.quantize[grid](
-            x, noise, whole, *results, role, rows, columns, length, *strides, **rotation, **format_, **_of_format(plan),
-            INNER=not codes, CODES=codes, **launch,
-        )  # fmt: skip
+    launch(k.amax, grid, (x, whole, rows, columns, *strides), rotation | shape, plan, x.device)
+    arguments = x, noise, whole, *results, role, rows, columns, length, *strides
+    compiled = rotation | format_ | _of_format(plan) | shape | {"INNER": not codes, "CODES": codes}
+    launch(k.quantize, grid, arguments, compiled, (plan, codes), x.device)
 
 
 def _launch_decode(
@@ -318,8 +311,8 @@ def _launch_decode(
     assert k is not None
     inner = codes.new_empty(rows, length, dtype=dtype)
     br, bk = _tile(plan)
-    with on_device(codes.device):
-        k.decode[(-(-length // bk), -(-rows // br))](codes, scales, outer, inner, rows, length, **_constants(plan))
+    grid = -(-length // bk), -(-rows // br), 1
+    launch(k.decode, grid, (codes, scales, outer, inner, rows, length), _constants(plan), plan, codes.device)
     return inner
 
 

@@ -24,7 +24,8 @@ from lowbits.quantizers import (
 )
 
 FLOAT8: dict[Format, torch.dtype] = {E4M3: torch.float8_e4m3fn, E5M2: torch.float8_e5m2}
-_BLOCK = 128  # elements a scale
+BLOCK = 128
+"""Elements a scale, along the contraction, where units apply scales of blocks."""
 ALIGNED = 16  # bytes: what tensor cores take the contraction in
 
 
@@ -95,7 +96,7 @@ def of_blocks(spec: QuantSpec) -> bool:
     Args:
         spec: of an operand.
     """
-    return spec.granularity in (PerGroup(_BLOCK), PerTile(_BLOCK, _BLOCK))
+    return spec.granularity in (PerGroup(BLOCK), PerTile(BLOCK, BLOCK))
 
 
 def why_not_coded(spec: QuantSpec | None) -> str | None:

@@ -25,13 +25,13 @@ from enum import Enum
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from lowbits.errors import NativeError
 from lowbits.formats import IntFormat
 from lowbits.kernels._blocks import Decoded
 from lowbits.kernels._coded import Coded, of_blocks
-from lowbits.kernels._matmul import matmul_blocks, matmul_codes
+from lowbits.kernels._matmul import matmul_blocks, matmul_codes, matmul_fp8
+from lowbits.kernels._operators import as_dtype
 from lowbits.quantizers import QTensor
 
 _INT32_TERMS = (2**31 - 1) // 128**2  # longest sum of int8 products that cannot overflow int32
@@ -78,7 +78,7 @@ def scaled_mm(lhs: Operand, rhs: Operand, dtype: torch.dtype) -> Tensor:
     else:
         sums = a.to(dtype).float() @ b.to(dtype).float().t()
     sums = sums if outer_a is None else sums * outer_a
-    return (sums if outer_b is None else sums * outer_b.t()).to(dtype)
+    return as_dtype(sums if outer_b is None else sums * outer_b.t(), dtype)
 
 
 Simulated = Tensor | QTensor | Decoded
@@ -106,16 +106,4 @@ def _native(lhs: Coded, rhs: Coded, dtype: torch.dtype) -> Tensor:
         return matmul_codes(lhs.codes, rhs.codes, lhs.scale, rhs.scale, dtype)
     if of_blocks(lhs.spec):
         return matmul_blocks(lhs.codes, rhs.codes, lhs.scale, rhs.scale, dtype)
-    return _scaled_mm(lhs, rhs).to(dtype)
-
-
-def _scaled_mm(lhs: Coded, rhs: Coded) -> Tensor:
-    """torch's FP8 GEMM, which takes N in multiples of 16 and scales of rows, or of the whole tensor, on both sides."""
-    n, codes, scale_a, scale_b = rhs.codes.shape[0], rhs.codes, lhs.scale, rhs.scale
-    if scale_a.numel() != 1 or scale_b.numel() != 1:
-        scale_a, scale_b = scale_a.expand(lhs.codes.shape[0], 1).contiguous(), scale_b.expand(n, 1).contiguous()
-    if n % 16:  # padding by nothing would copy
-        codes = pad(codes.view(torch.uint8), (0, 0, 0, -n % 16)).view(codes.dtype)
-        scale_b = scale_b if scale_b.numel() == 1 else pad(scale_b, (0, 0, 0, -n % 16))
-    y = torch.ops.aten._scaled_mm(lhs.codes, codes.t(), scale_a=scale_a, scale_b=scale_b.t(), out_dtype=torch.bfloat16)
-    return y[:, :n]
+    return as_dtype(matmul_fp8(lhs.codes, rhs.codes, lhs.scale, rhs.scale), dtype)

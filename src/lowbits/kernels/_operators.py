@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def operator(function: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
@@ -26,3 +27,15 @@ def operator(function: Callable[..., Any], fake: Callable[..., Any]) -> Callable
     torch.library.impl(name, "CompositeExplicitAutograd")(function)
     torch.library.register_fake(name)(fake)
     return getattr(torch.ops.lowbits, function.__name__.lstrip("_")).default
+
+
+def as_dtype(y: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast the result of an autograd function.
+
+    Where such a function returns what `.to` gave back as it was, graphs of torch 2.11 lose its gradient.
+
+    Args:
+        y: any.
+        dtype: wanted.
+    """
+    return y if y.dtype == dtype else y.to(dtype)

@@ -20,14 +20,17 @@ from torch import Tensor
 
 from lowbits.formats import E4M3, E5M2, FloatFormat, IntFormat
 from lowbits.kernels import _rows_on_cpu
-from lowbits.kernels._blocks import pack_operand
-from lowbits.kernels._coded import ALIGNED, FLOAT8, Coded, as_matrix, of_blocks, why_not_coded
+from lowbits.kernels._coded import ALIGNED, BLOCK, FLOAT8, Coded, why_not_coded
+from lowbits.kernels._launch import launch
 from lowbits.kernels._operators import operator
-from lowbits.kernels._units import kernels, launches, on_device
+from lowbits.kernels._units import kernels, launches
 from lowbits.quantizers import (
     Amax,
+    Granularity,
+    PerGroup,
     PerRow,
     PerTensor,
+    PerTile,
     PowerOfTwo,
     QuantSpec,
     ReciprocalAmax,
@@ -36,7 +39,10 @@ from lowbits.quantizers import (
     quantize,
 )
 
-_TILE = 64, 128  # rows and columns that a program works on: the fewest instructions an element
+# Rows and columns that a program works on, and its warps.
+_TILE = (64, 128), 4
+_BLOCKS = (BLOCK, BLOCK), 8
+_AMAX = (64, 128), 4, 4  # and how many tiles it walks down, before the warps
 _NAMED = {"AMAX": Amax, "POWER_OF_TWO": PowerOfTwo, "RECIPROCAL": ReciprocalAmax}
 _RULES: dict[type[ScaleRule], str] = {kind: name for name, kind in _NAMED.items()}
 
@@ -74,15 +80,21 @@ _known_text = cache(_text)  # compilers read through caches, and complain of eac
 def _axis(spec: QuantSpec | None) -> _Axis | None:
     if spec is None or type(spec.scale) not in _RULES:
         return None
-    rows = isinstance(spec.granularity, PerRow)
-    plain = spec.rounding is Rounding.NEAREST and spec.transform is None
-    if not plain or not (rows or isinstance(spec.granularity, PerTensor)):
+    of = _shared_by(spec.granularity)
+    if of is None or spec.rounding is not Rounding.NEAREST or spec.transform is not None:
         return None
     assert isinstance(spec.scale, Amax | PowerOfTwo | ReciprocalAmax)
-    fmt, kind = spec.format, ("ROW" if rows else "TENSOR", _RULES[type(spec.scale)], spec.scale.floor)
+    fmt, kind = spec.format, (of, _RULES[type(spec.scale)], spec.scale.floor)
     if isinstance(fmt, IntFormat):
         return _Axis(*kind, (fmt.name, fmt.bits, fmt.signed, fmt.lowest))
     return _Axis(*kind, fmt.name) if fmt in (E4M3, E5M2) else None
+
+
+_GRANULARITIES = {"ROW": PerRow(), "TENSOR": PerTensor(), "GROUP": PerGroup(BLOCK), "TILE": PerTile(BLOCK, BLOCK)}
+
+
+def _shared_by(granularity: Granularity) -> str | None:
+    return next((name for name, known in _GRANULARITIES.items() if granularity == known), None)
 
 
 @torch.compiler.assume_constant_result
@@ -108,7 +120,7 @@ def _made(name: str, found: tuple[Any, ...] | None) -> _Made | None:
     axis = _Axis(*found)
     rule = _NAMED[axis.rule](axis.floor)
     fmt = IntFormat(*axis.format) if isinstance(axis.format, tuple) else {"e4m3": E4M3, "e5m2": E5M2}[axis.format]
-    spec = QuantSpec(fmt, PerRow() if axis.of == "ROW" else PerTensor(), rule)
+    spec = QuantSpec(fmt, _GRANULARITIES[axis.of], rule)
     floor, top = _float32(axis.floor), 0.0
     if not fmt.has_zero or why_not_coded(spec) is not None:
         return None
@@ -152,9 +164,6 @@ def quantize_both(
     Returns:
         codes [R, K] and codes [K, R], or None where nothing was asked for.
     """
-    if any(spec is not None and of_blocks(spec) for spec in (along_k, along_r)):
-        first = None if along_k is None else _of_blocks(x, along_k, noise_k)
-        return first, None if along_r is None else _of_blocks(x.t(), along_r, noise_r)
     compiles = torch.compiler.is_compiling()
     text = (_text if compiles else _known_text)(along_k, along_r)
     few = x.device.type == "cpu" and x.numel() < _rows_on_cpu.SMALLEST and not launches("rows", x.device)
@@ -168,24 +177,29 @@ def quantize_both(
     return first, None if along_r is None else Coded(codes_r, scale_r, along_r, x.shape[0])
 
 
-def _of_blocks(x: Tensor, spec: QuantSpec, noise: Tensor | None) -> Coded:
-    """Scales of blocks are known as soon as a block is read: each copy takes one launch."""
-    packed = None
-    if noise is None and x.shape[1] % ALIGNED == 0:
-        packed = pack_operand(x, spec, x, 0)
-    if packed is None:
-        return Coded.of(quantize(x, spec, noise))
-    return Coded(packed.codes.view(FLOAT8[spec.format]).view(x.shape), as_matrix(packed.scale, spec), spec, x.shape[1])
-
-
 def _results(x: Tensor, made: tuple[_Made, _Made]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     found: list[Tensor] = []
     for axis, (rows, length) in zip(made, (x.shape, x.shape[::-1]), strict=True):
         used = axis.spec is not None
         padded = math.ceil(length / ALIGNED) * ALIGNED
         found.append(x.new_empty((rows, padded) if used else (0,), dtype=axis.dtype))
-        found.append(x.new_empty((rows if axis.of == "ROW" else 1, 1) if used else (0,), dtype=torch.float32))
+        found.append(_scale(x, axis.of, rows, length))
     return found[0], found[1], found[2], found[3]
+
+
+def _scale(x: Tensor, of: str, rows: int, length: int) -> Tensor:
+    blocks = math.ceil(length / BLOCK)
+    match of:
+        case "GROUP":
+            return x.new_empty(blocks, rows, dtype=torch.float32).t()
+        case "TILE":
+            return x.new_empty(math.ceil(rows / BLOCK), blocks, dtype=torch.float32)
+    return x.new_empty((_magnitudes(of, rows), 1) if of != "NONE" else (0,), dtype=torch.float32)
+
+
+def _magnitudes(of: str, rows: int) -> int:
+    """How many largest magnitudes a launch of its own finds."""
+    return {"ROW": rows, "TENSOR": 1}.get(of, 0)
 
 
 def _quantize_rows(x: Tensor, text: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -193,34 +207,35 @@ def _quantize_rows(x: Tensor, text: str) -> tuple[Tensor, Tensor, Tensor, Tensor
     assert made is not None
     results = _results(x, made)
     if launches("rows", x.device):
-        _launch(x, made, results)
+        _launch(x, text, made, results)
     else:
         _rows_on_cpu.quantize_rows(x, made[0].spec, made[1].spec, results)
     return results
 
 
-def _launch(x: Tensor, made: tuple[_Made, _Made], results: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
-    k = kernels("rows")
+def _launch(x: Tensor, text: str, made: tuple[_Made, _Made], results: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    k, (of_k, of_r) = kernels("rows"), (axis.of for axis in made)
     assert k is not None
-    (along_k, along_r), (codes_k, scale_k, codes_r, scale_r) = made, results
-    (rows, columns), (stride_r, stride_k) = x.shape, x.stride()
-    amax_k, amax_r = torch.zeros(scale_k.numel() + scale_r.numel(), dtype=torch.int32, device=x.device).split(
-        (scale_k.numel(), scale_r.numel())
-    )
-    br, bk = _TILE
-    constants: dict[str, Any] = {"BR": br, "BK": bk, "num_warps": 4, "enable_fp_fusion": False}
-    kinds = {"OF_K": along_k.of, "OF_R": along_r.of}
+    sizes = rows, columns, stride_r, stride_k = *x.shape, *x.stride()
+    count = _magnitudes(of_k, rows) + _magnitudes(of_r, columns)
+    if count:
+        largest = torch.zeros(count, dtype=torch.int32, device=x.device)
+        (br, bk), steps, warps = _AMAX
+        grid = -(-columns // bk), -(-rows // (br * steps)), 1
+        constants: dict[str, Any] = {"OF_K": of_k, "OF_R": of_r, "BR": br, "BK": bk, "STEPS": steps, "num_warps": warps}
+        launch(k.amax, grid, (x, largest, *sizes), constants, (of_k, of_r), x.device)
+    else:
+        largest = results[1]  # nothing reads it
     # Each copy is filled up with zeros along what a GEMM contracts.
-    padded_k = columns if along_k.spec is None else codes_k.shape[1]
-    padded_r = rows if along_r.spec is None else codes_r.shape[1]
-    with on_device(x.device):
-        k.amax[-(-columns // bk), -(-rows // br)](
-            x, amax_k, amax_r, rows, columns, stride_r, stride_k, **kinds, **constants
-        )
-        k.quantize[-(-padded_k // bk), -(-padded_r // br)](
-            x, amax_k, amax_r, codes_k, scale_k, codes_r, scale_r, rows, columns, padded_k, padded_r, stride_r,
-            stride_k, **kinds, **along_k.constants, **along_r.constants, **constants,
-        )  # fmt: skip
+    padded_k = columns if made[0].spec is None else results[0].shape[1]
+    padded_r = rows if made[1].spec is None else results[2].shape[1]
+    (br, bk), warps = _BLOCKS if {of_k, of_r} & {"GROUP", "TILE"} else _TILE
+    launch(
+        k.quantize, (-(-padded_k // bk), -(-padded_r // br), 1),
+        (x, largest, *results, rows, columns, padded_k, padded_r, stride_r, stride_k),
+        {"OF_K": of_k, "OF_R": of_r, **made[0].constants, **made[1].constants, "BR": br, "BK": bk, "num_warps": warps,
+         "enable_fp_fusion": False}, text, x.device,
+    )  # fmt: skip
 
 
 # An operator takes no tuples: what was compiled for a plan is found by its text.

@@ -48,7 +48,8 @@ def on_device(device: torch.device) -> torch.cuda.device | nullcontext[None]:
     Args:
         device: any.
     """
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    there = device.type != "cuda" or device.index == torch.cuda.current_device()
+    return nullcontext() if there else torch.cuda.device(device)
 
 
 @cache

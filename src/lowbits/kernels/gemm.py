@@ -57,7 +57,7 @@ def blocks(
     a, b, out, scale_a, scale_b, M, N, K, TILES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr,
     PROGRAMS: tl.constexpr
 ):  # fmt: skip
-    """Scales [M, K / 128] of a; of b, [N / 128, K / 128] where TILES (BN is 128 then), else [N, K / 128]."""
+    """Scales [K / 128, M] of a; of b, [N / 128, K / 128] where TILES (BN is 128 then), else [K / 128, N]."""
     tiles_m, tiles_n, chunks = tl.cdiv(M, BM), tl.cdiv(N, BN), tl.cdiv(K, 128)
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS):
         at_m, at_n = _place(tile, tiles_m, tiles_n, GROUP)
@@ -65,11 +65,11 @@ def blocks(
         sums = tl.zeros((BM, BN), tl.float32)
         for c in range(chunks):
             products = tl.dot(a.load([at_m * BM, c * 128]), b.load([at_n * BN, c * 128]).T, out_dtype=tl.float32)
-            of_row = tl.load(scale_a + row * chunks + c, row < M, 0.0)
+            of_row = tl.load(scale_a + c * M + row, row < M, 0.0)
             if TILES:
                 sums += products * (of_row * tl.load(scale_b + at_n * chunks + c))[:, None]
             else:
-                of_column = tl.load(scale_b + column * chunks + c, column < N, 0.0)
+                of_column = tl.load(scale_b + c * N + column, column < N, 0.0)
                 sums += products * of_row[:, None] * of_column[None, :]
         to = out + row[:, None].to(tl.int64) * N + column[None, :]
         tl.store(to, sums.to(out.dtype.element_ty), (row[:, None] < M) & (column[None, :] < N))

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantize a matrix along both of its axes, with one scale a row, a column or the whole, as Triton sees it.
+"""Quantize a matrix along both of its axes, with one scale a row, a column, the whole, or a block of 128, as Triton
+sees it.
 
 `lowbits.quantizers` is the definition; each function does one of its steps, each operation rounded once (the kernels
 are compiled without contraction). Two launches: the largest magnitudes of both axes in one read of x, then both copies
-in another. What lies outside of x reads as 0 and changes no amax.
+in another; one for blocks, whose magnitudes a program finds in its tile. What lies outside of x reads as 0 and changes
+no amax.
 """
 
 # Triton reads this file's source: annotations would be evaluated as its own types.
@@ -15,34 +17,53 @@ from lowbits.kernels.blocks import INTERPRETED, _as_float, _encoded, _magnitude_
 
 
 @triton.jit
-def _tile(x, R, K, stride_r, stride_k, BR: tl.constexpr, BK: tl.constexpr):
-    row, column = tl.program_id(1) * BR + tl.arange(0, BR), tl.program_id(0) * BK + tl.arange(0, BK)
+def _tile(x, row, column, R, K, stride_r, stride_k):
     inside = (row[:, None] < R) & (column[None, :] < K)
     at = row[:, None].to(tl.int64) * stride_r + column[None, :].to(tl.int64) * stride_k
-    return tl.load(x + at, inside, 0.0).to(tl.float32), row, column
+    return tl.load(x + at, inside, 0.0).to(tl.float32)
+
+
+@triton.jit
+def _bits(v):
+    """Of magnitudes, which have their order; NaN is the largest."""
+    return _magnitude_bits(v).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def _behind(R, OF_K: tl.constexpr):
+    """Where the columns' largest magnitudes lie, behind those of the rows."""
+    if OF_K == "ROW":
+        return R
+    else:
+        return R * 0 + (1 if OF_K == "TENSOR" else 0)
 
 
 @triton.jit
 def amax(
-    x, along_k, along_r, R, K, stride_r, stride_k, OF_K: tl.constexpr, OF_R: tl.constexpr, BR: tl.constexpr,
-    BK: tl.constexpr
+    x, result, R, K, stride_r, stride_k, OF_K: tl.constexpr, OF_R: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
+    STEPS: tl.constexpr
 ):  # fmt: skip
-    """The bits of the largest magnitudes into `along_k` [R] and `along_r` [K], or one each; they were 0.
+    """The bits of the largest magnitudes: [R] or one for the copy along k, then [K] or one for that along r; were 0.
 
-    NaN is larger than any number. The order of the atomic maxima changes nothing.
+    A program walks down STEPS tiles, for fewer atomic maxima; their order changes nothing.
     """
-    v, row, column = _tile(x, R, K, stride_r, stride_k, BR, BK)
-    bits = _magnitude_bits(v).to(tl.int32, bitcast=True)
-    if OF_K == "ROW":
-        tl.atomic_max(along_k + row, tl.max(bits, 1), row < R, sem="relaxed")
+    column = tl.program_id(0) * BK + tl.arange(0, BK)
+    largest = tl.zeros((BR, BK), tl.int32)
+    for step in range(STEPS):
+        row = (tl.program_id(1) * STEPS + step) * BR + tl.arange(0, BR)
+        bits = _bits(_tile(x, row, column, R, K, stride_r, stride_k))
+        if OF_K == "ROW":
+            tl.atomic_max(result + row, tl.max(bits, 1), row < R, sem="relaxed")
+        largest = tl.maximum(largest, bits)
+    behind = result + _behind(R, OF_K)
     if OF_R == "ROW":
-        tl.atomic_max(along_r + column, tl.max(bits, 0), column < K, sem="relaxed")
+        tl.atomic_max(behind + column, tl.max(largest, 0), column < K, sem="relaxed")
     if OF_K == "TENSOR" or OF_R == "TENSOR":
-        largest = tl.max(tl.max(bits, 1), 0)
+        whole = tl.max(tl.max(largest, 1), 0)
         if OF_K == "TENSOR":
-            tl.atomic_max(along_k, largest, sem="relaxed")
+            tl.atomic_max(result, whole, sem="relaxed")
         if OF_R == "TENSOR":
-            tl.atomic_max(along_r, largest, sem="relaxed")
+            tl.atomic_max(behind, whole, sem="relaxed")
 
 
 @triton.jit
@@ -121,25 +142,46 @@ def _codes(v, by, HIGH: tl.constexpr, M: tl.constexpr, LOWEST: tl.constexpr, RUL
 
 @triton.jit
 def quantize(
-    x, amax_k, amax_r, codes_k, scale_k, codes_r, scale_r, R, K, KP, RP, stride_r, stride_k,
+    x, largest, codes_k, scale_k, codes_r, scale_r, R, K, KP, RP, stride_r, stride_k,
     OF_K: tl.constexpr, HIGH_K: tl.constexpr, M_K: tl.constexpr, LOWEST_K: tl.constexpr,
     FLOOR_K: tl.constexpr, TOP_K: tl.constexpr, RULE_K: tl.constexpr,
     OF_R: tl.constexpr, HIGH_R: tl.constexpr, M_R: tl.constexpr, LOWEST_R: tl.constexpr,
     FLOOR_R: tl.constexpr, TOP_R: tl.constexpr, RULE_R: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr
 ):  # fmt: skip
-    """The copy along k, codes [R, KP] and a scale a row; the copy along r, codes [K, RP] and a scale a column."""
-    v, row, column = _tile(x, R, K, stride_r, stride_k, BR, BK)
+    """The copy along k, codes [R, KP], and that along r, codes [K, RP], each with its scales.
+
+    A scale a row or one; for a GROUP of BK (BR) elements scales [groups, rows], so that a GEMM reads those of one group
+    together; for a TILE scales [rows, columns] of tiles. `largest`: see `amax`.
+    """
+    row, column = tl.program_id(1) * BR + tl.arange(0, BR), tl.program_id(0) * BK + tl.arange(0, BK)
+    v = _tile(x, row, column, R, K, stride_r, stride_k)
     if OF_K != "NONE":
-        of = row if OF_K == "ROW" else row * 0
-        scale, by = _scales(tl.load(amax_k + of, row < R, 0), HIGH_K, FLOOR_K, TOP_K, RULE_K)
+        if OF_K == "GROUP":
+            bits, to, known = tl.max(_bits(v), 1), tl.program_id(0).to(tl.int64) * R + row, row < R
+        elif OF_K == "TILE":
+            bits = tl.max(tl.max(_bits(v), 1), 0) + row * 0
+            to, known = row * 0 + tl.program_id(1) * tl.cdiv(K, BK) + tl.program_id(0), row % BR == 0
+        else:
+            to = row if OF_K == "ROW" else row * 0
+            bits = tl.load(largest + to, row < R, 0)
+            known = (row < (R if OF_K == "ROW" else 1)) & (tl.program_id(0) == 0)
+        scale, by = _scales(bits, HIGH_K, FLOOR_K, TOP_K, RULE_K)
         code = _codes(v, by[:, None], HIGH_K, M_K, LOWEST_K, RULE_K, codes_k.dtype.element_ty)
         at = codes_k + row[:, None].to(tl.int64) * KP + column[None, :]
         tl.store(at, code, (row[:, None] < R) & (column[None, :] < KP))
-        tl.store(scale_k + of, scale, (row < (R if OF_K == "ROW" else 1)) & (tl.program_id(0) == 0))
+        tl.store(scale_k + to, scale, known)
     if OF_R != "NONE":
-        of = column if OF_R == "ROW" else column * 0
-        scale, by = _scales(tl.load(amax_r + of, column < K, 0), HIGH_R, FLOOR_R, TOP_R, RULE_R)
+        if OF_R == "GROUP":
+            bits, to, known = tl.max(_bits(v), 0), tl.program_id(1).to(tl.int64) * K + column, column < K
+        elif OF_R == "TILE":
+            bits = tl.max(tl.max(_bits(v), 1), 0) + column * 0
+            to, known = column * 0 + tl.program_id(0) * tl.cdiv(R, BR) + tl.program_id(1), column % BK == 0
+        else:
+            to = column if OF_R == "ROW" else column * 0
+            bits = tl.load(largest + _behind(R, OF_K) + to, column < K, 0)
+            known = (column < (K if OF_R == "ROW" else 1)) & (tl.program_id(1) == 0)
+        scale, by = _scales(bits, HIGH_R, FLOOR_R, TOP_R, RULE_R)
         code = tl.trans(_codes(v, by[None, :], HIGH_R, M_R, LOWEST_R, RULE_R, codes_r.dtype.element_ty))
         at = codes_r + column[:, None].to(tl.int64) * RP + row[None, :]
         tl.store(at, code, (column[:, None] < K) & (row[None, :] < RP))
-        tl.store(scale_r + of, scale, (column < (K if OF_R == "ROW" else 1)) & (tl.program_id(1) == 0))
+        tl.store(scale_r + to, scale, known)

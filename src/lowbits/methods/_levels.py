@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lowbits.errors import ShapeError, SpecError
 from lowbits.export import Buckets, PointTensor, between, bucketed, even_points, flattened, gradient_bucketed
+from lowbits.kernels import as_dtype
 from lowbits.methods._levels_launch import launched
 from lowbits.quantizers import Noise, PerBlock, Rounding
 
@@ -172,7 +173,7 @@ class _Rounded(torch.autograd.Function):
             ctx.save_for_backward(q - scaled(view, low, high), view.argmax(1), view.argmin(1))
         elif backward is Backward.TRUNCATED:
             ctx.save_for_backward(w.abs() <= 1)
-        return flattened(between(q, low, high), w.shape, levels.buckets).to(w.dtype)
+        return as_dtype(flattened(between(q, low, high), w.shape, levels.buckets), w.dtype)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]

@@ -36,6 +36,7 @@ from lowbits.export import (
     gradient_bucketed,
     save_coded,
 )
+from lowbits.kernels import as_dtype
 from lowbits.methods._contract import Method, Table
 from lowbits.methods._distillation_loss import Mixing
 from lowbits.methods._distilled_runs import (
@@ -185,7 +186,7 @@ class _LookedUp(torch.autograd.Function):
         kept = codes.to(torch.uint8) if points.numel() <= 256 else codes
         ctx.save_for_backward(kept, high - low, points)
         ctx.buckets = buckets
-        return flattened(between(points[codes], low, high), w.shape, buckets).to(w.dtype)
+        return as_dtype(flattened(between(points[codes], low, high), w.shape, buckets), w.dtype)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]

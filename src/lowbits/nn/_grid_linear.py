@@ -20,7 +20,7 @@ from torch.nn.functional import pad
 
 from lowbits.errors import CheckpointError, ConversionError, NativeError
 from lowbits.formats import INT8
-from lowbits.kernels import Execution
+from lowbits.kernels import Execution, as_dtype
 from lowbits.nn._grid import Grid
 from lowbits.nn._linear import QuantizedLinear
 from lowbits.nn._qparameter import QParameter
@@ -116,7 +116,7 @@ class _GridMatmul(torch.autograd.Function):
         sums = integer_mm(codes, q).float() if native else _sums(codes, q.t(), plan.dtype)
         # Divided as it is returned: a view of what was divided could not be written into behind `fully_shard`'s hooks.
         tokens = x.shape[:-1]
-        return (sums.mul_(_outer(weight)).view(*tokens, q.shape[0]) / sx.view(*tokens, 1)).to(plan.dtype)
+        return as_dtype(sums.mul_(_outer(weight)).view(*tokens, q.shape[0]) / sx.view(*tokens, 1), plan.dtype)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbits.errors import SpecError
+from lowbits.kernels import as_dtype
 from lowbits.methods.geta import _launch
 
 FINEST = 24.0
@@ -38,7 +39,7 @@ class _Quantize(torch.autograd.Function):
             return _launch.quantize(x, step, limit, exponent)
         value = _wide(x, step)
         magnitude = torch.minimum(value.abs(), limit).pow(exponent)
-        return (value.sign() * (torch.round(magnitude / step) * step)).to(x.dtype)
+        return as_dtype(value.sign() * (torch.round(magnitude / step) * step), x.dtype)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
