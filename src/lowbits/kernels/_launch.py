@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Launch Triton's kernels with little work on the host.
+
+A step of training launches thousands. Triton looks at every argument and option each time, to find what it compiled;
+here a short key finds it, and the driver is called at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowbits.kernels._units import on_device
+
+_FOUND: dict[Hashable, tuple[Any, tuple[Any, ...]]] = {}
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, int, int],
+    arguments: tuple[Any, ...],
+    constants: dict[str, Any],
+    key: Hashable,
+    device: torch.device,
+) -> None:
+    """Launch a kernel on the current stream of a device.
+
+    Args:
+        kernel: a function in Triton's language, whose constants come last.
+        grid: programs along three axes.
+        arguments: tensors, integers and descriptors.
+        constants: by name, and how to compile.
+        key: says which constants; equal keys have equal ones.
+        device: of the tensors.
+    """
+    kinds = (kernel, key, device, *map(_kind, arguments))
+    found = _FOUND.get(kinds)
+    with on_device(device):
+        if found is not None:
+            found[0][grid](*arguments, *found[1])
+            return
+        compiled = kernel[grid](*arguments, **constants)
+    if compiled is not None:  # the interpreter compiles nothing
+        _FOUND[kinds] = compiled, tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
+
+
+def _kind(argument: Any) -> Hashable:
+    """What Triton compiles differently: dtypes, whether addresses and sizes are multiples of 16, and 1."""
+    if isinstance(argument, int):
+        return 1 if argument == 1 else (argument & 15 == 0, argument > 0x7FFFFFFF)
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.data_ptr() & 15 == 0
+    return argument.base.dtype  # a descriptor; its tile is a constant
