@@ -84,9 +84,8 @@ def stepper(model: Any, shape: Shape, options: argparse.Namespace, device: torch
         model(inputs_embeds=x, use_cache=False).last_hidden_state.backward(g)
 
     def step() -> Tensor | None:
-        # A single pass quantizes every weight once as it is.
-        once = weights_quantized_once(model) if parts > 1 else contextlib.nullcontext()
-        with once:
+        once = parts > 1 or device.type == "cuda"  # as `lowbits.train` does
+        with weights_quantized_once(model) if once else contextlib.nullcontext():
             if shape.vocabulary:
                 found = [with_head(*pair) for pair in zip(ids.chunk(parts), targets.chunk(parts), strict=True)]
             else:

@@ -25,10 +25,12 @@ from lowbits import optim
 from lowbits.kernels import (
     Coded,
     _blocks,
+    _each,
     _matmul,
     _rows,
     pack_operand,
     quantize_both,
+    quantize_each,
     quantize_operand,
     scaled_mm,
     unpack_operand,
@@ -84,8 +86,8 @@ def compiling() -> Iterator[set[str]]:
         stack.enter_context(patch.object(JITFunction, "run", run))
         stack.enter_context(patch.object(JITFunction, "__getitem__", launcher))
         for module, name in (
-            (_blocks, "launches"), (_rows, "launches"), (_matmul, "launches"), (_launched, "usable"),
-            (_signature, "usable"), (_launch, "launchable"),
+            (_blocks, "launches"), (_rows, "launches"), (_each, "launches"), (_matmul, "launches"),
+            (_launched, "usable"), (_signature, "usable"), (_launch, "launchable"),
         ):  # fmt: skip
             stack.enter_context(patch.object(module, name, lambda *_: True))
         stack.enter_context(patch.object(_matmul, "multiprocessors", lambda _: 132))
@@ -118,6 +120,9 @@ def rows_and_codes() -> None:
         (a, _), (b, _) = quantize_both(x, lhs, None, None, None), quantize_both(x, rhs, None, None, None)
         assert a is not None and b is not None
         scaled_mm(a, b, torch.bfloat16)
+    recipe = named("int8_rowwise")
+    for dtype in (torch.bfloat16, torch.float32):
+        quantize_each([torch.randn(64, 128).to(dtype)] * 2, recipe.fprop.rhs, recipe.dgrad.rhs)
     large = Coded(torch.zeros(128 * 132, 256, dtype=torch.int8), torch.ones(1, 1), made.spec, 256)
     scaled_mm(large, large, torch.bfloat16)
 

@@ -21,7 +21,7 @@ import lowbits.kernels.blocks
 import lowbits.kernels.gemm
 import lowbits.kernels.rows  # noqa: F401  the interpreter's kernels are used where they are loaded
 from lowbits.formats import E4M3, E5M2, INT4, INT8, TERNARY
-from lowbits.kernels import Coded, _rows, quantize_both, scaled_mm
+from lowbits.kernels import Coded, _each, _rows, quantize_both, quantize_each, scaled_mm
 from lowbits.nn import convert_
 from lowbits.quantizers import (
     Amax,
@@ -132,6 +132,23 @@ def products_of_blocks() -> None:
                     print(f"product of blocks {m}x{n}x{k}, {dtype}: differ")
 
 
+def many() -> None:
+    """All weights in one launch, and one after the other."""
+    shapes = [(64, 48), (16, 16), (144, 272), (128, 128)] + ([(4096, 1024), (1024, 4096)] if FULL else [])
+    generator = torch.Generator().manual_seed(4)
+    for along_k, along_r in ((SPECS[0], SPECS[0]), (SPECS[4], SPECS[1]), (SPECS[11], SPECS[8]), (SPECS[-2], SPECS[-6])):
+        for dtype in (torch.bfloat16, torch.float32):
+            xs = [torch.randn(shape, generator=generator).to(dtype).to(DEVICE) for shape in shapes]
+            with patch.object(_each, "quantize_both", side_effect=AssertionError("not at once")):
+                found = quantize_each(xs, along_k, along_r)
+            for x, made in zip(xs, found, strict=True):
+                for a, b in zip(made, quantize_both(x, along_k, along_r, None, None), strict=True):
+                    assert a is not None and b is not None and a.codes.dtype == b.codes.dtype
+                    fine = torch.equal(a.codes.view(torch.uint8), b.codes.view(torch.uint8))
+                    if not fine or not torch.equal(a.scale, b.scale) or a.scale.stride() != b.scale.stride():
+                        print(f"many, {along_k}; {along_r}; {tuple(x.shape)} {dtype}: differ")
+
+
 def layers() -> None:
     """A layer that runs the kernels, and one that makes its codes by the definition: output and gradients."""
     for name in ("int8_rowwise", "fp8_rowwise", "fp8_tensorwise", "fp8_block") if FULL else ("int8_rowwise",):
@@ -202,6 +219,7 @@ def rest() -> None:
             print(f"{pair}: differ {found}")
     products()
     products_of_blocks()
+    many()
     layers()
     operators()
 

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lowbits.errors import ShapeError
 from lowbits.formats import INT4, INT8
+from lowbits.kernels import _each
 from lowbits.models import build
 from lowbits.nn import (
     Execution,
@@ -25,7 +26,6 @@ from lowbits.nn import (
     Save,
     _gemms,
     _recipe,
-    _weight_copies,
     convert_,
     high_precision,
     quantized_layers,
@@ -328,7 +328,7 @@ def test_weights_quantized_once_change_no_bit(conv1d, monkeypatch):
     calls = []
     model = nn.Sequential(*make(named("int8_rowwise"), conv1d), nn.Tanh(), nn.Linear(12, 3))
     x, g = torch.randn(7, 20), torch.randn(7, 3)
-    for module in (_gemms, _weight_copies):
+    for module in (_gemms, _each):
         inner = module.quantize_both
         monkeypatch.setattr(module, "quantize_both", lambda *args, f=inner: calls.append(args[0].shape) or f(*args))
     results = []

@@ -4,6 +4,7 @@
 from lowbits.kernels._blocks import Decoded, pack_operand, quantize_operand, unpack_operand
 from lowbits.kernels._c_compiler import library as c_library
 from lowbits.kernels._coded import Coded, illegal_on_hardware
+from lowbits.kernels._each import quantize_each
 from lowbits.kernels._gemm import Execution, Operand, scaled_mm
 from lowbits.kernels._operators import as_dtype
 from lowbits.kernels._rows import quantize_both
@@ -20,6 +21,7 @@ __all__ = [
     "missing_unit",
     "pack_operand",
     "quantize_both",
+    "quantize_each",
     "quantize_operand",
     "scaled_mm",
     "unpack_operand",

@@ -31,12 +31,16 @@ def launch(
     Args:
         kernel: a function in Triton's language, whose constants come last.
         grid: programs along three axes.
-        arguments: tensors, integers and descriptors.
+        arguments: tensors, integers and descriptors, whose tiles the key says.
         constants: by name, and how to compile.
         key: says which constants; equal keys have equal ones.
         device: of the tensors.
     """
-    kinds = (kernel, key, device, *map(_kind, arguments))
+    # What Triton compiles differently: dtypes, whether addresses are multiples of 16, and some properties of sizes.
+    kinds = (id(kernel), key, device, *[
+        a if type(a) is int else (a.dtype, a.data_ptr() & 15) if isinstance(a, Tensor) else a.base.dtype
+        for a in arguments
+    ])  # fmt: skip
     found = _FOUND.get(kinds)
     with on_device(device):
         if found is not None:
@@ -45,12 +49,3 @@ def launch(
         compiled = kernel[grid](*arguments, **constants)
     if compiled is not None:  # the interpreter compiles nothing
         _FOUND[kinds] = compiled, tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
-
-
-def _kind(argument: Any) -> Hashable:
-    """What Triton compiles differently: dtypes, whether addresses and sizes are multiples of 16, and 1."""
-    if isinstance(argument, int):
-        return 1 if argument == 1 else (argument & 15 == 0, argument > 0x7FFFFFFF)
-    if isinstance(argument, Tensor):
-        return argument.dtype, argument.data_ptr() & 15 == 0
-    return argument.base.dtype  # a descriptor; its tile is a constant

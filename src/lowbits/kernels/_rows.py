@@ -39,10 +39,11 @@ from lowbits.quantizers import (
     quantize,
 )
 
-# Rows and columns that a program works on, and its warps.
-_TILE = (64, 128), 4
-_BLOCKS = (BLOCK, BLOCK), 8
-_AMAX = (64, 128), 4, 4  # and how many tiles it walks down, before the warps
+TILE = (64, 64), 4
+"""Rows and columns that a program works on, and its warps."""
+BLOCKS = (BLOCK, BLOCK), 4
+"""Likewise, where blocks share a scale."""
+_AMAX = (64, 128), 8, 4  # rows and columns, how many tiles a program walks down, warps
 _NAMED = {"AMAX": Amax, "POWER_OF_TWO": PowerOfTwo, "RECIPROCAL": ReciprocalAmax}
 _RULES: dict[type[ScaleRule], str] = {kind: name for name, kind in _NAMED.items()}
 
@@ -57,8 +58,15 @@ class _Axis(NamedTuple):
     format: tuple[str, int, bool, bool] | str  # the arguments of an `IntFormat`, or the name of an FP8
 
 
-class _Made(NamedTuple):
-    """What the kernels are compiled for, along one of the axes."""
+class Made(NamedTuple):
+    """What the kernels are compiled for, along one of the axes.
+
+    Args:
+        spec: how it is quantized, None for not at all.
+        of: what shares a scale: ROW, TENSOR, GROUP, TILE; NONE for no copy.
+        dtype: of the codes.
+        constants: by name, see `lowbits.kernels.rows`.
+    """
 
     spec: QuantSpec | None
     of: str
@@ -107,16 +115,27 @@ def _runs(text: str, device: torch.device) -> bool:
     return launches("rows", device) or (device.type == "cpu" and _rows_on_cpu.covered(*specs))
 
 
+def made_of(along_k: QuantSpec | None, along_r: QuantSpec | None) -> tuple[Made, Made] | None:
+    """Return what the kernels are compiled for; None where they do not know one of the two.
+
+    Args:
+        along_k: as in `quantize_both`.
+        along_r: likewise.
+    """
+    text = _known_text(along_k, along_r)
+    return None if text is None else _from_text(text)
+
+
 @cache
-def _from_text(text: str) -> tuple[_Made, _Made] | None:
+def _from_text(text: str) -> tuple[Made, Made] | None:
     first, second = (_made(name, axis) for name, axis in zip("KR", ast.literal_eval(text), strict=True))
     return None if first is None or second is None else (first, second)
 
 
-def _made(name: str, found: tuple[Any, ...] | None) -> _Made | None:
+def _made(name: str, found: tuple[Any, ...] | None) -> Made | None:
     """None where the kernels do not quantize so."""
     if found is None:
-        return _Made(None, "NONE", torch.uint8, _named(name, 0.0, 0, 0, 0.0, 0.0, "AMAX"))
+        return Made(None, "NONE", torch.uint8, _named(name, 0.0, 0, 0, 0.0, 0.0, "AMAX"))
     axis = _Axis(*found)
     rule = _NAMED[axis.rule](axis.floor)
     fmt = IntFormat(*axis.format) if isinstance(axis.format, tuple) else {"e4m3": E4M3, "e5m2": E5M2}[axis.format]
@@ -132,7 +151,7 @@ def _made(name: str, found: tuple[Any, ...] | None) -> _Made | None:
         top = _float32(fmt.max / rule.floor)
     mantissa, lowest = (fmt.mantissa_bits, fmt.min_normal_exponent) if isinstance(fmt, FloatFormat) else (0, 0)
     dtype = torch.int8 if isinstance(fmt, IntFormat) else FLOAT8[fmt]
-    return _Made(spec, axis.of, dtype, _named(name, fmt.max, mantissa, lowest, floor, top, axis.rule))
+    return Made(spec, axis.of, dtype, _named(name, fmt.max, mantissa, lowest, floor, top, axis.rule))
 
 
 def _named(name: str, *values: float | str) -> dict[str, Any]:
@@ -177,7 +196,7 @@ def quantize_both(
     return first, None if along_r is None else Coded(codes_r, scale_r, along_r, x.shape[0])
 
 
-def _results(x: Tensor, made: tuple[_Made, _Made]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _results(x: Tensor, made: tuple[Made, Made]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     found: list[Tensor] = []
     for axis, (rows, length) in zip(made, (x.shape, x.shape[::-1]), strict=True):
         used = axis.spec is not None
@@ -188,17 +207,32 @@ def _results(x: Tensor, made: tuple[_Made, _Made]) -> tuple[Tensor, Tensor, Tens
 
 
 def _scale(x: Tensor, of: str, rows: int, length: int) -> Tensor:
-    blocks = math.ceil(length / BLOCK)
-    match of:
-        case "GROUP":
-            return x.new_empty(blocks, rows, dtype=torch.float32).t()
-        case "TILE":
-            return x.new_empty(math.ceil(rows / BLOCK), blocks, dtype=torch.float32)
-    return x.new_empty((_magnitudes(of, rows), 1) if of != "NONE" else (0,), dtype=torch.float32)
+    shape = scale_shape(of, rows, length)
+    if of == "GROUP":  # those of one block lie together
+        return x.new_empty(shape[::-1], dtype=torch.float32).t()
+    return x.new_empty(shape, dtype=torch.float32)
 
 
-def _magnitudes(of: str, rows: int) -> int:
-    """How many largest magnitudes a launch of its own finds."""
+def scale_shape(of: str, rows: int, length: int) -> tuple[int, int]:
+    """Return the shape of a copy's scales.
+
+    Args:
+        of: what shares one, see `Made`.
+        rows: of the copy.
+        length: of its rows.
+    """
+    blocks = -(-length // BLOCK)
+    shapes = {"GROUP": (rows, blocks), "TILE": (-(-rows // BLOCK), blocks), "NONE": (0, 1)}
+    return shapes.get(of) or (magnitudes(of, rows), 1)
+
+
+def magnitudes(of: str, rows: int) -> int:
+    """Return how many largest magnitudes a launch of its own finds.
+
+    Args:
+        of: what shares one, see `Made`.
+        rows: of the copy.
+    """
     return {"ROW": rows, "TENSOR": 1}.get(of, 0)
 
 
@@ -213,11 +247,11 @@ def _quantize_rows(x: Tensor, text: str) -> tuple[Tensor, Tensor, Tensor, Tensor
     return results
 
 
-def _launch(x: Tensor, text: str, made: tuple[_Made, _Made], results: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+def _launch(x: Tensor, text: str, made: tuple[Made, Made], results: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
     k, (of_k, of_r) = kernels("rows"), (axis.of for axis in made)
     assert k is not None
     sizes = rows, columns, stride_r, stride_k = *x.shape, *x.stride()
-    count = _magnitudes(of_k, rows) + _magnitudes(of_r, columns)
+    count = magnitudes(of_k, rows) + magnitudes(of_r, columns)
     if count:
         largest = torch.zeros(count, dtype=torch.int32, device=x.device)
         (br, bk), steps, warps = _AMAX
@@ -229,7 +263,7 @@ def _launch(x: Tensor, text: str, made: tuple[_Made, _Made], results: tuple[Tens
     # Each copy is filled up with zeros along what a GEMM contracts.
     padded_k = columns if made[0].spec is None else results[0].shape[1]
     padded_r = rows if made[1].spec is None else results[2].shape[1]
-    (br, bk), warps = _BLOCKS if {of_k, of_r} & {"GROUP", "TILE"} else _TILE
+    (br, bk), warps = BLOCKS if {of_k, of_r} & {"GROUP", "TILE"} else TILE
     launch(
         k.quantize, (-(-padded_k // bk), -(-padded_r // br), 1),
         (x, largest, *results, rows, columns, padded_k, padded_r, stride_r, stride_k),

@@ -39,18 +39,15 @@ def _behind(R, OF_K: tl.constexpr):
 
 
 @triton.jit
-def amax(
-    x, result, R, K, stride_r, stride_k, OF_K: tl.constexpr, OF_R: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
-    STEPS: tl.constexpr
+def _amax(
+    x, result, R, K, stride_r, stride_k, across, down, OF_K: tl.constexpr, OF_R: tl.constexpr, BR: tl.constexpr,
+    BK: tl.constexpr, STEPS: tl.constexpr
 ):  # fmt: skip
-    """The bits of the largest magnitudes: [R] or one for the copy along k, then [K] or one for that along r; were 0.
-
-    A program walks down STEPS tiles, for fewer atomic maxima; their order changes nothing.
-    """
-    column = tl.program_id(0) * BK + tl.arange(0, BK)
+    """A program walks down STEPS tiles, for fewer atomic maxima; their order changes nothing."""
+    column = across * BK + tl.arange(0, BK)
     largest = tl.zeros((BR, BK), tl.int32)
     for step in range(STEPS):
-        row = (tl.program_id(1) * STEPS + step) * BR + tl.arange(0, BR)
+        row = (down * STEPS + step) * BR + tl.arange(0, BR)
         bits = _bits(_tile(x, row, column, R, K, stride_r, stride_k))
         if OF_K == "ROW":
             tl.atomic_max(result + row, tl.max(bits, 1), row < R, sem="relaxed")
@@ -64,6 +61,15 @@ def amax(
             tl.atomic_max(result, whole, sem="relaxed")
         if OF_R == "TENSOR":
             tl.atomic_max(behind, whole, sem="relaxed")
+
+
+@triton.jit
+def amax(
+    x, result, R, K, stride_r, stride_k, OF_K: tl.constexpr, OF_R: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
+    STEPS: tl.constexpr
+):  # fmt: skip
+    """The bits of the largest magnitudes: [R] or one for the copy along k, then [K] or one for that along r; were 0."""
+    _amax(x, result, R, K, stride_r, stride_k, tl.program_id(0), tl.program_id(1), OF_K, OF_R, BR, BK, STEPS)
 
 
 @triton.jit
@@ -141,6 +147,48 @@ def _codes(v, by, HIGH: tl.constexpr, M: tl.constexpr, LOWEST: tl.constexpr, RUL
 
 
 @triton.jit
+def _quantize(
+    x, largest, codes_k, scale_k, codes_r, scale_r, R, K, KP, RP, stride_r, stride_k, across, down,
+    OF_K: tl.constexpr, HIGH_K: tl.constexpr, M_K: tl.constexpr, LOWEST_K: tl.constexpr,
+    FLOOR_K: tl.constexpr, TOP_K: tl.constexpr, RULE_K: tl.constexpr,
+    OF_R: tl.constexpr, HIGH_R: tl.constexpr, M_R: tl.constexpr, LOWEST_R: tl.constexpr,
+    FLOOR_R: tl.constexpr, TOP_R: tl.constexpr, RULE_R: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr
+):  # fmt: skip
+    row, column = down * BR + tl.arange(0, BR), across * BK + tl.arange(0, BK)
+    v = _tile(x, row, column, R, K, stride_r, stride_k)
+    if OF_K != "NONE":
+        if OF_K == "GROUP":
+            bits, to, known = tl.max(_bits(v), 1), across.to(tl.int64) * R + row, row < R
+        elif OF_K == "TILE":
+            bits = tl.max(tl.max(_bits(v), 1), 0) + row * 0
+            to, known = row * 0 + down * tl.cdiv(K, BK) + across, row % BR == 0
+        else:
+            to = row if OF_K == "ROW" else row * 0
+            bits = tl.load(largest + to, row < R, 0)
+            known = (row < (R if OF_K == "ROW" else 1)) & (across == 0)
+        scale, by = _scales(bits, HIGH_K, FLOOR_K, TOP_K, RULE_K)
+        code = _codes(v, by[:, None], HIGH_K, M_K, LOWEST_K, RULE_K, codes_k.dtype.element_ty)
+        at = codes_k + row[:, None].to(tl.int64) * KP + column[None, :]
+        tl.store(at, code, (row[:, None] < R) & (column[None, :] < KP))
+        tl.store(scale_k + to, scale, known)
+    if OF_R != "NONE":
+        if OF_R == "GROUP":
+            bits, to, known = tl.max(_bits(v), 0), down.to(tl.int64) * K + column, column < K
+        elif OF_R == "TILE":
+            bits = tl.max(tl.max(_bits(v), 1), 0) + column * 0
+            to, known = column * 0 + across * tl.cdiv(R, BR) + down, column % BK == 0
+        else:
+            to = column if OF_R == "ROW" else column * 0
+            bits = tl.load(largest + _behind(R, OF_K) + to, column < K, 0)
+            known = (column < (K if OF_R == "ROW" else 1)) & (down == 0)
+        scale, by = _scales(bits, HIGH_R, FLOOR_R, TOP_R, RULE_R)
+        code = tl.trans(_codes(v, by[None, :], HIGH_R, M_R, LOWEST_R, RULE_R, codes_r.dtype.element_ty))
+        at = codes_r + column[:, None].to(tl.int64) * RP + row[None, :]
+        tl.store(at, code, (column[:, None] < K) & (row[None, :] < RP))
+        tl.store(scale_r + to, scale, known)
+
+
+@triton.jit
 def quantize(
     x, largest, codes_k, scale_k, codes_r, scale_r, R, K, KP, RP, stride_r, stride_k,
     OF_K: tl.constexpr, HIGH_K: tl.constexpr, M_K: tl.constexpr, LOWEST_K: tl.constexpr,
@@ -153,35 +201,54 @@ def quantize(
     A scale a row or one; for a GROUP of BK (BR) elements scales [groups, rows], so that a GEMM reads those of one group
     together; for a TILE scales [rows, columns] of tiles. `largest`: see `amax`.
     """
-    row, column = tl.program_id(1) * BR + tl.arange(0, BR), tl.program_id(0) * BK + tl.arange(0, BK)
-    v = _tile(x, row, column, R, K, stride_r, stride_k)
-    if OF_K != "NONE":
-        if OF_K == "GROUP":
-            bits, to, known = tl.max(_bits(v), 1), tl.program_id(0).to(tl.int64) * R + row, row < R
-        elif OF_K == "TILE":
-            bits = tl.max(tl.max(_bits(v), 1), 0) + row * 0
-            to, known = row * 0 + tl.program_id(1) * tl.cdiv(K, BK) + tl.program_id(0), row % BR == 0
-        else:
-            to = row if OF_K == "ROW" else row * 0
-            bits = tl.load(largest + to, row < R, 0)
-            known = (row < (R if OF_K == "ROW" else 1)) & (tl.program_id(0) == 0)
-        scale, by = _scales(bits, HIGH_K, FLOOR_K, TOP_K, RULE_K)
-        code = _codes(v, by[:, None], HIGH_K, M_K, LOWEST_K, RULE_K, codes_k.dtype.element_ty)
-        at = codes_k + row[:, None].to(tl.int64) * KP + column[None, :]
-        tl.store(at, code, (row[:, None] < R) & (column[None, :] < KP))
-        tl.store(scale_k + to, scale, known)
-    if OF_R != "NONE":
-        if OF_R == "GROUP":
-            bits, to, known = tl.max(_bits(v), 0), tl.program_id(1).to(tl.int64) * K + column, column < K
-        elif OF_R == "TILE":
-            bits = tl.max(tl.max(_bits(v), 1), 0) + column * 0
-            to, known = column * 0 + tl.program_id(0) * tl.cdiv(R, BR) + tl.program_id(1), column % BK == 0
-        else:
-            to = column if OF_R == "ROW" else column * 0
-            bits = tl.load(largest + _behind(R, OF_K) + to, column < K, 0)
-            known = (column < (K if OF_R == "ROW" else 1)) & (tl.program_id(1) == 0)
-        scale, by = _scales(bits, HIGH_R, FLOOR_R, TOP_R, RULE_R)
-        code = tl.trans(_codes(v, by[None, :], HIGH_R, M_R, LOWEST_R, RULE_R, codes_r.dtype.element_ty))
-        at = codes_r + column[:, None].to(tl.int64) * RP + row[None, :]
-        tl.store(at, code, (column[:, None] < K) & (row[None, :] < RP))
-        tl.store(scale_r + to, scale, known)
+    _quantize(x, largest, codes_k, scale_k, codes_r, scale_r, R, K, KP, RP, stride_r, stride_k, tl.program_id(0),
+              tl.program_id(1), OF_K, HIGH_K, M_K, LOWEST_K, FLOOR_K, TOP_K, RULE_K, OF_R, HIGH_R, M_R, LOWEST_R,
+              FLOOR_R, TOP_R, RULE_R, BR, BK)  # fmt: skip
+
+
+# --- many matrices in one launch ------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _of_tile(tiles, matrices, BF16: tl.constexpr):
+    """This program's matrix, and the place of its tile.
+
+    Of a matrix eight int64 are known: its address, rows / 16, columns / 16, and where it begins among the largest
+    magnitudes, the codes along k and along r (/ 16), the scales along k and along r. Told in sixteens, sizes are known
+    to be multiples, and loads are wide. Of a tile three int32: matrix, place across, place down.
+    """
+    tile = tiles + tl.program_id(0).to(tl.int64) * 3
+    matrix = matrices + tl.load(tile).to(tl.int64) * 8
+    if BF16:
+        x = tl.load(matrix).to(tl.pointer_type(tl.bfloat16))
+    else:
+        x = tl.load(matrix).to(tl.pointer_type(tl.float32))
+    rows, columns = tl.load(matrix + 1).to(tl.int32) * 16, tl.load(matrix + 2).to(tl.int32) * 16
+    return tl.multiple_of(x, 16), rows, columns, matrix, tl.load(tile + 1), tl.load(tile + 2)
+
+
+@triton.jit
+def amax_each(
+    tiles, matrices, result, OF_K: tl.constexpr, OF_R: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
+    BF16: tl.constexpr
+):  # fmt: skip
+    """`amax` of contiguous matrices."""
+    x, R, K, matrix, across, down = _of_tile(tiles, matrices, BF16)
+    _amax(x, result + tl.load(matrix + 3), R, K, K, 1, across, down, OF_K, OF_R, BR, BK, 1)
+
+
+@triton.jit
+def quantize_each(
+    tiles, matrices, largest, codes_k, scale_k, codes_r, scale_r,
+    OF_K: tl.constexpr, HIGH_K: tl.constexpr, M_K: tl.constexpr, LOWEST_K: tl.constexpr,
+    FLOOR_K: tl.constexpr, TOP_K: tl.constexpr, RULE_K: tl.constexpr,
+    OF_R: tl.constexpr, HIGH_R: tl.constexpr, M_R: tl.constexpr, LOWEST_R: tl.constexpr,
+    FLOOR_R: tl.constexpr, TOP_R: tl.constexpr, RULE_R: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
+    BF16: tl.constexpr
+):  # fmt: skip
+    """`quantize` of contiguous matrices whose sides are multiples of 16."""
+    x, R, K, matrix, across, down = _of_tile(tiles, matrices, BF16)
+    _quantize(x, largest + tl.load(matrix + 3), codes_k + tl.load(matrix + 4) * 16, scale_k + tl.load(matrix + 6),
+              codes_r + tl.load(matrix + 5) * 16, scale_r + tl.load(matrix + 7), R, K, K, R, K, 1, across, down,
+              OF_K, HIGH_K, M_K, LOWEST_K, FLOOR_K, TOP_K, RULE_K, OF_R, HIGH_R, M_R, LOWEST_R, FLOOR_R, TOP_R, RULE_R,
+              BR, BK)  # fmt: skip

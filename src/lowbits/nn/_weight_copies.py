@@ -1,20 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Quantize weights once for all the forward passes between two updates.
 
-Each forward pass quantizes the weights anew, which costs nothing to keep and little to do beside many tokens. With
-micro-batches, or blocks that are recomputed in the backward pass, the same weights are quantized several times; kept
-copies take two bytes a weight for as long.
+Each forward pass quantizes the weights anew, layer by layer, which keeps one copy of each for the backward pass. With
+micro-batches, or blocks that are recomputed in the backward pass, the same weights are quantized several times; and on
+a GPU the host is busy with many small launches. Kept copies are made together and take two bytes a weight for as long.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from lowbits.kernels import quantize_both
+from lowbits.kernels import quantize_each
 from lowbits.nn._convert import quantized_layers
 from lowbits.nn._linear import QuantizedConv1D, QuantizedLayer
 from lowbits.quantizers import Rounding
@@ -33,8 +34,7 @@ def weights_quantized_once(model: nn.Module) -> Iterator[None]:
     """
     layers = [layer for layer in quantized_layers(model).values() if _keepable(layer)]
     try:
-        for layer in layers:
-            layer.copies = _copies(layer)
+        _keep_copies_(layers)
         yield
     finally:
         for layer in layers:
@@ -51,9 +51,17 @@ def _keepable(layer: QuantizedLayer) -> bool:
 
 
 @torch.no_grad()
-def _copies(layer: QuantizedLayer) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Codes and scales of the weight as fprop and as dgrad multiplies it."""
-    weight = layer.weight.t() if isinstance(layer, QuantizedConv1D) else layer.weight
-    along_in, along_out = quantize_both(weight, layer.recipe.fprop.rhs, layer.recipe.dgrad.rhs, None, None)
-    assert along_in is not None and along_out is not None
-    return along_in.codes, along_in.scale, along_out.codes, along_out.scale
+def _keep_copies_(layers: Sequence[QuantizedLayer]) -> None:
+    """Codes and scales of each weight as fprop and as dgrad multiplies it; those alike are made at once."""
+    alike: dict[tuple[object, ...], list[QuantizedLayer]] = defaultdict(list)
+    for layer in layers:
+        turned, recipe = isinstance(layer, QuantizedConv1D), layer.recipe
+        alike[turned, recipe.fprop.rhs, recipe.dgrad.rhs, layer.weight.dtype, layer.weight.device].append(layer)
+    for group in alike.values():
+        turned, recipe = isinstance(group[0], QuantizedConv1D), group[0].recipe
+        # `Conv1D` stores W^T, whose copy along its rows is that of W along its columns.
+        specs = (recipe.dgrad.rhs, recipe.fprop.rhs) if turned else (recipe.fprop.rhs, recipe.dgrad.rhs)
+        for layer, made in zip(group, quantize_each([layer.weight.data for layer in group], *specs), strict=True):
+            along_in, along_out = made[::-1] if turned else made
+            assert along_in is not None and along_out is not None
+            layer.copies = along_in.codes, along_in.scale, along_out.codes, along_out.scale

@@ -276,8 +276,9 @@ def _step(t: _Training, interrupts: Interrupts, sample: Sample | None) -> tuple[
     if sample is not None and run.compute.compile:  # another graph would round differently
         sample.measure_apart(lambda: t.batches.loss(t.model, step))
     # A method may change the weights before each forward pass.
-    again = run.accumulation > 1 and type(run.method) is Method
-    with weights_quantized_once(t.model) if again else nullcontext():
+    # On a GPU all weights at once take two launches, where one after the other they keep the host from running ahead.
+    gains = run.accumulation > 1 or t.world.device.type == "cuda"
+    with weights_quantized_once(t.model) if gains and type(run.method) is Method else nullcontext():
         for micro in range(run.accumulation):
             losses.append(_micro_step(t, micro, sample))
     # One reduction for what all processes must agree on, one transfer for what the host must know.
