@@ -145,7 +145,8 @@ def many() -> None:
                 for a, b in zip(made, quantize_both(x, along_k, along_r, None, None), strict=True):
                     assert a is not None and b is not None and a.codes.dtype == b.codes.dtype
                     fine = torch.equal(a.codes.view(torch.uint8), b.codes.view(torch.uint8))
-                    if not fine or not torch.equal(a.scale, b.scale) or a.scale.stride() != b.scale.stride():
+                    fine = fine and torch.equal(a.scale, b.scale) and a.scale.stride() == b.scale.stride()
+                    if not fine or a.scale.data_ptr() % 16:  # as cuBLAS wants them
                         print(f"many, {along_k}; {along_r}; {tuple(x.shape)} {dtype}: differ")
 
 

@@ -75,6 +75,7 @@ def _together(matrices: Sequence[Tensor]) -> bool:
 
 def _shaped(scale: Tensor, of: str, rows: int, length: int) -> Tensor:
     shape = scale_shape(of, rows, length)
+    scale = scale[: shape[0] * shape[1]]
     return scale.view(shape[::-1]).t() if of == "GROUP" else scale.view(shape)
 
 
@@ -85,7 +86,7 @@ def _table(known: tuple[tuple[int, int, int], ...], of: tuple[str, str], device:
     largest = [magnitudes(of[0], rows) + magnitudes(of[1], columns) for _, rows, columns in known]
     codes = [rows * columns for _, rows, columns in known]
     scales_k, scales_r = (
-        [_count(scale_shape(of[i], *(sides if i == 0 else sides[::-1]))) for _, *sides in known] for i in (0, 1)
+        [_words(scale_shape(of[i], *(sides if i == 0 else sides[::-1]))) for _, *sides in known] for i in (0, 1)
     )
     begins = [[0, *accumulate(n)][:-1] for n in (largest, codes, scales_k, scales_r)]
     rows_of = [
@@ -101,8 +102,9 @@ def _table(known: tuple[tuple[int, int, int], ...], of: tuple[str, str], device:
     return _Table(matrices.to(device), torch.cat(tiles).to(device), sum(largest), codes, scales_k, scales_r)
 
 
-def _count(shape: tuple[int, ...]) -> int:
-    return shape[0] * shape[1]
+def _words(shape: tuple[int, int]) -> int:
+    """Numbers that scales take: cuBLAS wants the first at a multiple of 16 bytes."""
+    return -(-shape[0] * shape[1] // 4) * 4
 
 
 def _launch(table: _Table, made: tuple[Made, Made], results: tuple[Tensor, ...], first: Tensor) -> None:
