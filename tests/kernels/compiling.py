@@ -116,6 +116,9 @@ def rows_and_codes() -> None:
     assert made is not None
     scaled_mm(made, made, torch.bfloat16)
     recipe = named("fp8_block")
+    quantize_both(x, recipe.fprop.lhs, recipe.wgrad.rhs, None, None)
+    quantize_both(x, recipe.fprop.rhs, recipe.dgrad.rhs, None, None)
+    quantize_each([x, x], recipe.fprop.rhs, recipe.dgrad.rhs)
     for lhs, rhs in (recipe.fprop, recipe.wgrad):
         (a, _), (b, _) = quantize_both(x, lhs, None, None, None), quantize_both(x, rhs, None, None, None)
         assert a is not None and b is not None
