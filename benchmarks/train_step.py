@@ -2,7 +2,7 @@
 """What a whole training step costs: forward, loss, backward, clipping, torch's fused AdamW on bfloat16 parameters.
 
     python benchmarks/train_step.py --widths 2048 --arms fp8_rowwise int8_rowwise --peers
-    python benchmarks/train_step.py --widths 4096 --arms fp8_rowwise nvfp4 --modes eager compiled
+    python benchmarks/train_step.py --widths 4096 --arms fp8_rowwise nvfp4 --modes eager compiled graphs
     python benchmarks/train_step.py --table shapes --shapes gpt2-small llama-8b
     python benchmarks/train_step.py --curves --data runs/data/text       # native beside simulated, see curves.py
 
@@ -44,6 +44,8 @@ from lowbits.recipes import named
 
 ARMS = ("fp8_rowwise", "fp8_tensorwise", "fp8_block", "int8_rowwise", "nvfp4", "w8a8_faithful")
 SHAPE_ARMS = ("fp8_rowwise", "int8_rowwise", "nvfp4")
+COMPILED = {"compiled": None, "graphs": "reduce-overhead"}
+"""Modes that compile blocks, and what torch calls them; CUDA graphs take the host out of the time."""
 GIB = 2**30
 
 
@@ -84,6 +86,7 @@ def stepper(model: Any, shape: Shape, options: argparse.Namespace, device: torch
         model(inputs_embeds=x, use_cache=False).last_hidden_state.backward(g)
 
     def step() -> Tensor | None:
+        torch.compiler.cudagraph_mark_step_begin()  # of no effect without graphs
         once = parts > 1 or device.type == "cuda"  # as `lowbits.train` does
         with weights_quantized_once(model) if once else contextlib.nullcontext():
             if shape.vocabulary:
@@ -134,14 +137,14 @@ def measure(
     left_over = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
     model = build(shape, device)
     model = model if convert is None else convert(model)
-    if mode == "compiled":
+    if mode in COMPILED:
         torch._dynamo.utils.counters.clear()
         for block in blocks(model):
-            block.compile(dynamic=False)
+            block.compile(dynamic=False, mode=COMPILED[mode])
     ours = convert is not None and name not in TORCHAO
     step = counted(model, stepper(model, shape, options, device), ours and named(name).stochastic)
     row = timed(step, options, device) | {"arm": name, "mode": mode, "left_over_gib": left_over / GIB}
-    if mode == "compiled":
+    if mode in COMPILED:
         found = torch._dynamo.utils.counters
         row |= {"graphs": found["stats"]["unique_graphs"], "graph_breaks": sum(found["graph_break"].values())}
     tokens = options.batch * shape.length
@@ -290,7 +293,7 @@ def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
     made.add_argument("--widths", nargs="+", metavar="WIDTH", help=", ".join(WIDTHS))
     made.add_argument("--shapes", nargs="+", metavar="NAME", help=", ".join(SHAPES))
     made.add_argument("--arms", nargs="+", metavar="NAME", help=f"recipes; peers: {', '.join(TORCHAO)}")
-    made.add_argument("--modes", nargs="+", choices=("compiled", "eager"), help="default: compiled; eager on a CPU")
+    made.add_argument("--modes", nargs="+", choices=(*COMPILED, "eager"), help="default: compiled; eager on a CPU")
     made.add_argument("--batch", type=int, help="sequences a step")
     made.add_argument("--micro-batches", type=int, default=1, help="parts of a batch, whose gradients are added up")
     made.add_argument("--length", type=int, help="tokens a sequence")
