@@ -270,11 +270,16 @@ def _launch_quantize(
     constants, rotation, (br, bk) = _constants(plan), _rotation(plan), _tile(plan)
     grid, whole = (-(-length // bk), -(-rows // br), 1), torch.zeros((), dtype=torch.int32, device=x.device)
     if plan.rule.startswith("TWO_LEVEL"):
-        compiled = {name: constants[name] for name in ("BR", "BK", "num_warps", "enable_fp_fusion")}
-        launch(k.amax, grid, (x, whole, rows, columns, stride_r, stride_k), rotation | compiled, plan, x.device)
-    arguments = x, noise, whole, inner, stored, scales, outer, role, rows, columns, length, stride_r, stride_k
-    compiled = rotation | constants | _of_format(plan) | {"INNER": not codes, "CODES": codes}
-    launch(k.quantize, grid, arguments, compiled, (plan, codes), x.device)
+        names = "BR", "BK", "num_warps", "enable_fp_fusion"
+        launch(
+            k.amax, grid, (x, whole, rows, columns, stride_r, stride_k),
+            lambda: rotation | {name: constants[name] for name in names}, plan, x.device,
+        )  # fmt: skip
+    launch(
+        k.quantize, grid,
+        (x, noise, whole, inner, stored, scales, outer, role, rows, columns, length, stride_r, stride_k),
+        lambda: rotation | constants | _of_format(plan) | {"INNER": not codes, "CODES": codes}, (plan, codes), x.device,
+    )  # fmt: skip
     return inner, stored, scales, outer
 
 
@@ -294,14 +299,18 @@ def _launch_columns(
     grid = -(-rows // br), -(-length // (16 * bg)), 1
     whole = torch.zeros((), dtype=torch.int32, device=x.device)
     shape = {"BG": bg, "BR": br, "num_warps": 4, "enable_fp_fusion": False}
-    rotation = {name: value for name, value in _rotation(plan).items() if name in ("SIGNS", "SCALE", "BF16")}
-    format_ = {
-        name: value for name, value in _constants(plan).items() if name in ("M", "LOWEST", "BITS", "NAN", "RULE")
-    }
-    launch(k.amax, grid, (x, whole, rows, columns, *strides), rotation | shape, plan, x.device)
+
+    def rotation() -> dict[str, Any]:
+        return shape | {name: value for name, value in _rotation(plan).items() if name in ("SIGNS", "SCALE", "BF16")}
+
+    def constants() -> dict[str, Any]:
+        names = "M", "LOWEST", "BITS", "NAN", "RULE"
+        format_ = {name: value for name, value in _constants(plan).items() if name in names}
+        return rotation() | format_ | _of_format(plan) | {"INNER": not codes, "CODES": codes}
+
+    launch(k.amax, grid, (x, whole, rows, columns, *strides), rotation, plan, x.device)
     arguments = x, noise, whole, *results, role, rows, columns, length, *strides
-    compiled = rotation | format_ | _of_format(plan) | shape | {"INNER": not codes, "CODES": codes}
-    launch(k.quantize, grid, arguments, compiled, (plan, codes), x.device)
+    launch(k.quantize, grid, arguments, constants, (plan, codes), x.device)
 
 
 def _launch_decode(
@@ -312,7 +321,8 @@ def _launch_decode(
     inner = codes.new_empty(rows, length, dtype=dtype)
     br, bk = _tile(plan)
     grid = -(-length // bk), -(-rows // br), 1
-    launch(k.decode, grid, (codes, scales, outer, inner, rows, length), _constants(plan), plan, codes.device)
+    arguments = codes, scales, outer, inner, rows, length
+    launch(k.decode, grid, arguments, lambda: _constants(plan), plan, codes.device)
     return inner
 
 

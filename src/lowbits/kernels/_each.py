@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lowbits.kernels._coded import ALIGNED, Coded
 from lowbits.kernels._launch import launch
-from lowbits.kernels._rows import BLOCKS, TILE, Made, made_of, magnitudes, quantize_both, scale_shape
+from lowbits.kernels._rows import Made, made_of, magnitudes, quantize_both, scale_shape, tile_for
 from lowbits.kernels._units import kernels, launches
 from lowbits.quantizers import QuantSpec
 
@@ -82,7 +82,7 @@ def _shaped(scale: Tensor, of: str, rows: int, length: int) -> Tensor:
 @lru_cache(maxsize=16)
 def _table(known: tuple[tuple[int, int, int], ...], of: tuple[str, str], device: torch.device) -> _Table:
     """Addresses of parameters stay, and so does a table of them."""
-    (br, bk), _ = BLOCKS if set(of) & {"GROUP", "TILE"} else TILE
+    (br, bk), _ = tile_for(*of)
     largest = [magnitudes(of[0], rows) + magnitudes(of[1], columns) for _, rows, columns in known]
     codes = [rows * columns for _, rows, columns in known]
     scales_k, scales_r = (
@@ -110,16 +110,15 @@ def _words(shape: tuple[int, int]) -> int:
 def _launch(table: _Table, made: tuple[Made, Made], results: tuple[Tensor, ...], first: Tensor) -> None:
     k = kernels("rows")
     assert k is not None
-    of, grid = tuple(axis.of for axis in made), (len(table.tiles), 1, 1)
-    (br, bk), warps = BLOCKS if set(of) & {"GROUP", "TILE"} else TILE
-    constants: dict[str, Any] = {"OF_K": of[0], "OF_R": of[1], "BR": br, "BK": bk, "num_warps": warps,
-                                 "BF16": first.dtype == torch.bfloat16}  # fmt: skip
+    (of_k, of_r), grid = (axis.of for axis in made), (len(table.tiles), 1, 1)
+    (br, bk), warps = tile_for(of_k, of_r)
+    shared: dict[str, Any] = {"OF_K": of_k, "OF_R": of_r, "BR": br, "BK": bk, "num_warps": warps,
+                              "BF16": first.dtype == torch.bfloat16}  # fmt: skip
     largest = results[1]  # nothing reads it
     if table.largest:
         largest = torch.zeros(table.largest, dtype=torch.int32, device=first.device)
-        key = of, constants["BF16"]
-        launch(k.amax_each, grid, (table.tiles, table.matrices, largest), constants, key, first.device)
+        key = tuple(shared.values())
+        launch(k.amax_each, grid, (table.tiles, table.matrices, largest), lambda: shared, key, first.device)
+    constants = shared | made[0].constants | made[1].constants | {"enable_fp_fusion": False}
     arguments = table.tiles, table.matrices, largest, *results
-    constants |= made[0].constants | made[1].constants | {"enable_fp_fusion": False}
-    key = tuple(constants.values())
-    launch(k.quantize_each, grid, arguments, constants, key, first.device)
+    launch(k.quantize_each, grid, arguments, lambda: constants, tuple(constants.values()), first.device)

@@ -7,7 +7,7 @@ here a short key finds it, and the driver is called at once.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ def launch(
     kernel: Any,
     grid: tuple[int, int, int],
     arguments: tuple[Any, ...],
-    constants: dict[str, Any],
+    constants: Callable[[], dict[str, Any]],
     key: Hashable,
     device: torch.device,
 ) -> None:
@@ -32,7 +32,7 @@ def launch(
         kernel: a function in Triton's language, whose constants come last.
         grid: programs along three axes.
         arguments: tensors, integers and descriptors, whose tiles the key says.
-        constants: by name, and how to compile.
+        constants: makes those by name, and how to compile; asked once.
         key: says which constants; equal keys have equal ones.
         device: of the tensors.
     """
@@ -46,6 +46,7 @@ def launch(
         if found is not None:
             found[0][grid](*arguments, *found[1])
             return
-        compiled = kernel[grid](*arguments, **constants)
+        named = constants()
+        compiled = kernel[grid](*arguments, **named)
     if compiled is not None:  # the interpreter compiles nothing
-        _FOUND[kinds] = compiled, tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
+        _FOUND[kinds] = compiled, tuple(named[name] for name in kernel.arg_names[len(arguments) :])

@@ -106,9 +106,11 @@ def _launch(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: torch
 def _walk(
     kernel: Any, tile: _Tile, programs: int, arguments: tuple[Any, ...], constants: dict[str, Any], device: torch.device
 ) -> None:
-    key = tile, *constants.values()
-    constants |= {"BM": tile.rows, "BN": tile.columns, "GROUP": _GROUP, "PROGRAMS": programs, "num_warps": tile.warps}
-    launch(kernel, (programs, 1, 1), arguments, constants | {"num_stages": tile.stages}, key, device)
+    def named() -> dict[str, Any]:
+        shape = {"BM": tile.rows, "BN": tile.columns, "GROUP": _GROUP, "PROGRAMS": programs}
+        return constants | shape | {"num_warps": tile.warps, "num_stages": tile.stages}
+
+    launch(kernel, (programs, 1, 1), arguments, named, (tile, *constants.values()), device)
 
 
 def _tile(m: int, n: int, programs: int, dtype: torch.dtype) -> _Tile:

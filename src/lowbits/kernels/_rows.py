@@ -39,11 +39,10 @@ from lowbits.quantizers import (
     quantize,
 )
 
-TILE = (64, 64), 4
-"""Rows and columns that a program works on, and its warps."""
-BLOCKS = (BLOCK, BLOCK), 4
-"""Likewise, where blocks share a scale."""
-_AMAX = (64, 128), 8, 4  # rows and columns, how many tiles a program walks down, warps
+# Rows and columns that a program works on, and its warps; where blocks share a scale; and for the largest magnitudes,
+# with how many tiles it walks down before the warps.
+_TILE, _BLOCKS, _BLOCKED = ((64, 64), 4), ((BLOCK, BLOCK), 4), ("GROUP", "TILE")
+_AMAX = (64, 128), 8, 4
 _NAMED = {"AMAX": Amax, "POWER_OF_TWO": PowerOfTwo, "RECIPROCAL": ReciprocalAmax}
 _RULES: dict[type[ScaleRule], str] = {kind: name for name, kind in _NAMED.items()}
 
@@ -250,26 +249,39 @@ def _quantize_rows(x: Tensor, text: str) -> tuple[Tensor, Tensor, Tensor, Tensor
 def _launch(x: Tensor, text: str, made: tuple[Made, Made], results: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
     k, (of_k, of_r) = kernels("rows"), (axis.of for axis in made)
     assert k is not None
-    sizes = rows, columns, stride_r, stride_k = *x.shape, *x.stride()
+    (rows, columns), (stride_r, stride_k) = x.shape, x.stride()
     count = magnitudes(of_k, rows) + magnitudes(of_r, columns)
     if count:
         largest = torch.zeros(count, dtype=torch.int32, device=x.device)
         (br, bk), steps, warps = _AMAX
         grid = -(-columns // bk), -(-rows // (br * steps)), 1
-        constants: dict[str, Any] = {"OF_K": of_k, "OF_R": of_r, "BR": br, "BK": bk, "STEPS": steps, "num_warps": warps}
-        launch(k.amax, grid, (x, largest, *sizes), constants, (of_k, of_r), x.device)
+        launch(
+            k.amax, grid, (x, largest, rows, columns, stride_r, stride_k),
+            lambda: {"OF_K": of_k, "OF_R": of_r, "BR": br, "BK": bk, "STEPS": steps, "num_warps": warps},
+            (of_k, of_r), x.device,
+        )  # fmt: skip
     else:
         largest = results[1]  # nothing reads it
     # Each copy is filled up with zeros along what a GEMM contracts.
     padded_k = columns if made[0].spec is None else results[0].shape[1]
     padded_r = rows if made[1].spec is None else results[2].shape[1]
-    (br, bk), warps = BLOCKS if {of_k, of_r} & {"GROUP", "TILE"} else TILE
+    (height, width), warps = tile_for(of_k, of_r)
     launch(
-        k.quantize, (-(-padded_k // bk), -(-padded_r // br), 1),
+        k.quantize, (-(-padded_k // width), -(-padded_r // height), 1),
         (x, largest, *results, rows, columns, padded_k, padded_r, stride_r, stride_k),
-        {"OF_K": of_k, "OF_R": of_r, **made[0].constants, **made[1].constants, "BR": br, "BK": bk, "num_warps": warps,
-         "enable_fp_fusion": False}, text, x.device,
+        lambda: {"OF_K": of_k, "OF_R": of_r, **made[0].constants, **made[1].constants, "BR": height, "BK": width,
+                 "num_warps": warps, "enable_fp_fusion": False}, text, x.device,
     )  # fmt: skip
+
+
+def tile_for(of_k: str, of_r: str) -> tuple[tuple[int, int], int]:
+    """Return rows and columns that a program works on, and its warps.
+
+    Args:
+        of_k: what shares a scale along k, see `Made`.
+        of_r: likewise along r.
+    """
+    return _BLOCKS if of_k in _BLOCKED or of_r in _BLOCKED else _TILE
 
 
 # An operator takes no tuples: what was compiled for a plan is found by its text.
