@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -79,7 +80,10 @@ def load(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
     folder = Path(folder)
     try:
         facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
-        program = torch.export.load(folder / PROGRAM)
+        with warnings.catch_warnings():
+            # torch 2.11 reads its own file into a buffer that it then warns of.
+            warnings.filterwarnings("ignore", "The given buffer is not writable")
+            program = torch.export.load(folder / PROGRAM)
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder} holds no sub-network ({error.filename} is missing); name another.") from error
     except (OSError, ValueError, RuntimeError, AssertionError, KeyError, zipfile.BadZipFile) as error:
