@@ -184,7 +184,9 @@ def test_compiled_gradients_are_those_of_eager_layers(name, dtype, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True)) and results[1][1].any()
 
 
-@pytest.mark.parametrize("name", ["fp8_rowwise", "fp8_tensorwise", "fp8_rowwise_hp_wgrad", "fp8_rowwise_pow2"])
+@pytest.mark.parametrize(
+    "name", ["fp8_rowwise", "fp8_rowwise_fast", "fp8_tensorwise", "fp8_rowwise_hp_wgrad", "fp8_rowwise_pow2"]
+)
 def test_native_fp8_equals_its_simulation(name, monkeypatch):
     """torch's FP8 GEMM has an implementation on CPUs, without units; asked for here as if it had some."""
     if name != "fp8_tensorwise" and not cpu_has_row_scales():

@@ -44,6 +44,8 @@ def test_contradictions_are_refused():
         Recipe(fprop=Gemm(row, None), save=Save.QUANTIZED)
     with pytest.raises(SpecError, match="at least 1"):
         Recipe(grad_parts=0)
+    with pytest.raises(SpecError, match="forward is none of fprop, dgrad, wgrad"):
+        Recipe(fast_accumulation=("forward",))
     with pytest.raises(NativeError, match="quantizes no GEMM"):
         Recipe(execution=Execution.NATIVE)
     with pytest.raises(NativeError, match="split into 3"):

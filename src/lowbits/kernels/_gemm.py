@@ -52,20 +52,21 @@ class Execution(Enum):
     AUTO = "auto"
 
 
-def scaled_mm(lhs: Operand, rhs: Operand, dtype: torch.dtype) -> Tensor:
+def scaled_mm(lhs: Operand, rhs: Operand, dtype: torch.dtype, *, fast: bool = False) -> Tensor:
     """Return lhs @ rhs.T: on units for two `Coded` operands, on decoded numbers for others.
 
     Args:
         lhs: [M, K], a tensor in high precision, a quantized one, or one that is coded or decoded already.
         rhs: [N, K], likewise.
         dtype: of the result, and of the decoded operands when simulated.
+        fast: whether FP8 units may keep sums in fewer bits than float32; with scales of rows or of the whole alone.
     Returns:
         [M, N] of `dtype`.
     Raises:
         NativeError: int32 sums of so many products could overflow.
     """
     if isinstance(lhs, Coded) and isinstance(rhs, Coded):
-        return _native(lhs, rhs, dtype)
+        return _native(lhs, rhs, dtype, fast)
     assert not isinstance(lhs, Coded) and not isinstance(rhs, Coded), "both operands are codes, or none is"
     a, b = _in_one_basis(lhs, rhs)
     (a, outer_a), (b, outer_b) = ((x, None) if isinstance(x, Tensor) else x.factors() for x in (a, b))
@@ -96,7 +97,7 @@ def _in_one_basis(lhs: Simulated, rhs: Simulated) -> tuple[Simulated, Simulated]
     return a, b
 
 
-def _native(lhs: Coded, rhs: Coded, dtype: torch.dtype) -> Tensor:
+def _native(lhs: Coded, rhs: Coded, dtype: torch.dtype, fast: bool) -> Tensor:
     if isinstance(lhs.spec.format, IntFormat):
         terms = lhs.codes.shape[1]
         if terms > _INT32_TERMS:
@@ -106,4 +107,4 @@ def _native(lhs: Coded, rhs: Coded, dtype: torch.dtype) -> Tensor:
         return matmul_codes(lhs.codes, rhs.codes, lhs.scale, rhs.scale, dtype)
     if of_blocks(lhs.spec):
         return matmul_blocks(lhs.codes, rhs.codes, lhs.scale, rhs.scale, dtype)
-    return as_dtype(matmul_fp8(lhs.codes, rhs.codes, lhs.scale, rhs.scale), dtype)
+    return as_dtype(matmul_fp8(lhs.codes, rhs.codes, lhs.scale, rhs.scale, fast), dtype)

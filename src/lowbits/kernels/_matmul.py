@@ -68,7 +68,7 @@ def matmul_blocks(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype:
     return run(a, b, scale_a, scale_b, dtype)
 
 
-def matmul_fp8(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor) -> Tensor:
+def matmul_fp8(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, fast: bool) -> Tensor:
     """Return scale_a[m] scale_b[n] sum_k a[m, k] b[n, k] in bfloat16, by torch.
 
     It takes N in multiples of 16 and scales of rows, or of the whole tensor, on both sides.
@@ -78,6 +78,7 @@ def matmul_fp8(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor) -> Tensor
         b: FP8 [N, K], likewise.
         scale_a: float32 [M, 1] or [1, 1].
         scale_b: float32 [N, 1] or [1, 1].
+        fast: whether sums may be kept in fewer bits than float32.
     """
     n = b.shape[0]
     if scale_a.numel() != 1 or scale_b.numel() != 1:
@@ -85,7 +86,9 @@ def matmul_fp8(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor) -> Tensor
     if n % 16:  # padding by nothing would copy
         b = pad(b.view(torch.uint8), (0, 0, 0, -n % 16)).view(b.dtype)
         scale_b = scale_b if scale_b.numel() == 1 else pad(scale_b, (0, 0, 0, -n % 16))
-    y = torch.ops.aten._scaled_mm(a, b.t(), scale_a=scale_a, scale_b=scale_b.t(), out_dtype=torch.bfloat16)
+    y = torch.ops.aten._scaled_mm(
+        a, b.t(), scale_a=scale_a, scale_b=scale_b.t(), out_dtype=torch.bfloat16, use_fast_accum=fast
+    )
     return y[:, :n] if n % 16 else y
 
 

@@ -60,6 +60,10 @@ class Plan(NamedTuple):
         """Return whether the operand of a role is multiplied as codes."""
         return role is not None and self.native[_SPECS[role][0]]
 
+    def multiply(self, gemm: str, lhs: Operand, rhs: Operand) -> Tensor:
+        """Return lhs rhs^T, for one of the three GEMMs."""
+        return scaled_mm(lhs, rhs, self.dtype, fast=gemm in self.recipe.fast_accumulation)
+
 
 class QuantizedMatmul(torch.autograd.Function):
     """y[M, N] = x[M, K] w[N, K]^T and its two backward GEMMs, each operand quantized as the recipe says."""
@@ -75,7 +79,7 @@ class QuantizedMatmul(torch.autograd.Function):
         assert x_k is not None and w_k is not None
         kept = (x_k, w_k) if keeps_codes else (x if x_r is None else x_r, w if w_r is None else w_r)
         _keep_for_backward(ctx, plan, noise, *kept, w.dtype)
-        return scaled_mm(x_k, w_k, plan.dtype)
+        return plan.multiply("fprop", x_k, w_k)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -167,11 +171,11 @@ def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
     dx = dw = None
     if g_k is not None:
         w_r = w if isinstance(w, Coded) and not of_codes else _both(_original(w), None, "dgrad.rhs", plan, noise)[1]
-        dx = scaled_mm(g_k, _there(w_r), plan.dtype)
+        dx = plan.multiply("dgrad", g_k, _there(w_r))
     if g_r is not None:
         ready = not isinstance(x, Tensor) and not of_codes
         x_r = x if ready else _both(_original(x), None, "wgrad.rhs", plan, noise)[1]
-        dw = scaled_mm(g_r, _there(x_r), plan.dtype).to(ctx.weight_dtype)
+        dw = plan.multiply("wgrad", g_r, _there(x_r)).to(ctx.weight_dtype)
     return dx, dw
 
 

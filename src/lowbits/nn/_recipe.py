@@ -64,6 +64,8 @@ class Recipe:
             projection, whose parts have very different ranges.
         first_moment: how the optimizer stores the first moment of the layer's weight; None is float32.
         second_moment: likewise the second moment.
+        fast_accumulation: GEMMs by name whose FP8 sums a GPU may keep in its units, in 14 bits on Hopper, instead of
+            adding them up in float32: faster, and a few times further from the exact sum. Simulated sums are float32.
         execution: simulated on any device; native, which is refused where scales or hardware do not allow it; or auto,
             each GEMM natively where they do, simulated elsewhere.
     Raises:
@@ -78,6 +80,7 @@ class Recipe:
     grad_parts: int = 1
     first_moment: QuantSpec | None = None
     second_moment: QuantSpec | None = None
+    fast_accumulation: tuple[str, ...] = ()
     execution: Execution = Execution.SIMULATED
     _legal: tuple[bool, ...] = field(init=False, repr=False, compare=False)
 
@@ -88,6 +91,10 @@ class Recipe:
             raise SpecError("save=Save.QUANTIZED keeps what fprop multiplied: both its operands must be quantized.")
         if self.save is Save.OPERANDS and self.wgrad.rhs is None:
             raise SpecError("save=Save.OPERANDS keeps the input as wgrad multiplies it: wgrad.rhs must be quantized.")
+        if unknown := set(self.fast_accumulation) - set(GEMMS):
+            raise SpecError(
+                f"fast_accumulation={self.fast_accumulation}: {unknown.pop()} is none of {', '.join(GEMMS)}."
+            )
         if self.execution is Execution.NATIVE:
             self._check_native()
         # Computed now: asking anew in every forward pass would cost as much as a launch.
@@ -198,6 +205,8 @@ class Recipe:
             words.append(f"saves {'codes' if self.save is Save.QUANTIZED else 'codes of X for wgrad'}")
         if self.grad_parts > 1:
             words.append(f"G in {self.grad_parts} parts")
+        if self.fast_accumulation:
+            words.append(f"fast accumulation in {', '.join(self.fast_accumulation)}")
         if not self.plain:
             words.append(self.execution.value)
         return "; ".join(words) or "high precision"

@@ -4,6 +4,7 @@
 - tensorwise: one scale a tensor; gradients in E5M2 for its range ("hybrid"), or E4M3 throughout.
 - rowwise: one scale for each vector that the GEMM contracts; E4M3 throughout, since a row's range is small. torchao
   rounds these scales to powers of two (`fp8_rowwise_pow2`) and offers wgrad in bf16 (`fp8_rowwise_hp_wgrad`).
+  Where it multiplies, fprop's sums are kept in the units (`fp8_rowwise_fast`); elsewhere all are added up in float32.
 - block: 1x128 for X and G, 128x128 for W, powers of two (DeepSeek-AI 2024, arXiv:2412.19437, sec. 3.3).
 
 Scales are computed from the tensor at hand, with torchao's arithmetic. Delayed scaling takes them from the amaxes of
@@ -36,6 +37,7 @@ RECIPES: dict[str, Recipe] = {
         FP8_ROWWISE, fprop=Gemm(_ROW2, _ROW2), dgrad=Gemm(_ROW2, _ROW2), wgrad=Gemm(_ROW2, _ROW2)
     ),
     "fp8_rowwise_hp_wgrad": replace(FP8_ROWWISE, wgrad=Gemm()),
+    "fp8_rowwise_fast": replace(FP8_ROWWISE, fast_accumulation=("fprop",)),
     "fp8_block": Recipe(
         fprop=Gemm(_BLOCK, _TILE),
         dgrad=Gemm(_BLOCK, _TILE),
