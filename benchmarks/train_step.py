@@ -86,7 +86,8 @@ def stepper(model: Any, shape: Shape, options: argparse.Namespace, device: torch
         model(inputs_embeds=x, use_cache=False).last_hidden_state.backward(g)
 
     def step() -> Tensor | None:
-        torch.compiler.cudagraph_mark_step_begin()  # of no effect without graphs
+        if device.type == "cuda":
+            torch.compiler.cudagraph_mark_step_begin()  # of no effect without graphs
         once = parts > 1 or device.type == "cuda"  # as `lowbits.train` does
         with weights_quantized_once(model) if once else contextlib.nullcontext():
             if shape.vocabulary:
