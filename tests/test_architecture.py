@@ -116,3 +116,16 @@ def test_files_and_functions_are_short_and_named_for_what_they_hold() -> None:
                 if size > MAX_FUNCTION_LINES:
                     wrong.append(f"{where}:{node.lineno} {node.name}: {size} lines, at most {MAX_FUNCTION_LINES}")
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: f.relative_to(SOURCE).as_posix())
+def test_no_autograd_function_returns_a_cast(file: Path) -> None:
+    """Graphs of torch 2.11 lose the gradient of a result that `.to` gave back unchanged: `as_dtype` instead."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.ClassDef) or not any(ast.unparse(base).endswith("Function") for base in node.bases):
+            continue
+        forward = next(part for part in node.body if isinstance(part, ast.FunctionDef) and part.name == "forward")
+        returned = [
+            ast.unparse(part.value) for part in ast.walk(forward) if isinstance(part, ast.Return) and part.value
+        ]
+        assert not [text for text in returned if re.search(r"\.to\([^()]*\)$", text)], f"{node.name} in {file}"

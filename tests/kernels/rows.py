@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import lowbits.kernels.blocks
 import lowbits.kernels.gemm
 import lowbits.kernels.rows  # noqa: F401  the interpreter's kernels are used where they are loaded
-from lowbits.formats import E4M3, E5M2, INT4, INT8, TERNARY
+from lowbits.formats import E4M3, E5M2, INT4, INT8, TERNARY, UINT4
 from lowbits.kernels import Coded, _each, _rows, quantize_both, quantize_each, scaled_mm
 from lowbits.nn import convert_
 from lowbits.quantizers import (
@@ -43,6 +43,7 @@ SPECS = [
     QuantSpec(fmt, granularity, rule)
     for fmt, granularity, rule in itertools.product((INT8, E4M3, E5M2, INT4, TERNARY), (PerRow(), PerTensor()), RULES)
 ]
+SPECS.append(QuantSpec(UINT4, PerRow()))  # which kernels leave to the definition
 SPECS += [
     QuantSpec(fmt, granularity, rule)
     for fmt, granularity, rule in itertools.product((E4M3, E5M2), (PerGroup(128), PerTile(128, 128)), RULES)
@@ -150,6 +151,20 @@ def many() -> None:
                         print(f"many, {along_k}; {along_r}; {tuple(x.shape)} {dtype}: differ")
 
 
+def many_of_which_one_does_not_fit() -> None:
+    """Sides that are no multiples of 16, another dtype: quantized alone, in their place."""
+    xs = [torch.randn(*shape, device=DEVICE) for shape in ((32, 48), (50, 64), (64, 32))] + [torch.randn(16, 16).half()]
+    xs[3] = xs[3].to(DEVICE)
+    with patch.object(_each, "quantize_both", wraps=quantize_both) as alone:
+        found = quantize_each(xs, SPECS[0], SPECS[0])
+    for x, made in zip(xs, found, strict=True):
+        for a, b in zip(made, quantize_both(x, SPECS[0], SPECS[0], None, None), strict=True):
+            if a is None or b is None or not torch.equal(a.codes, b.codes) or not torch.equal(a.scale, b.scale):
+                print(f"many, of which one does not fit, {tuple(x.shape)}: differ")
+    if alone.call_count != 2 or quantize_each([], SPECS[0], SPECS[0]):
+        print(f"{alone.call_count} of four alone: differ")
+
+
 def layers() -> None:
     """A layer that runs the kernels, and one that makes its codes by the definition: output and gradients."""
     for name in ("int8_rowwise", "fp8_rowwise", "fp8_tensorwise", "fp8_block") if FULL else ("int8_rowwise",):
@@ -221,6 +236,7 @@ def rest() -> None:
     products()
     products_of_blocks()
     many()
+    many_of_which_one_does_not_fit()
     layers()
     operators()
 

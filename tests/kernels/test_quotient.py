@@ -39,3 +39,12 @@ def test_two_corrections_leave_the_nearest_number(seed: int) -> None:
     right = v / divisor
     assert (quotient(v, divisor, 2) == right).all()
     assert (quotient(v, divisor, 0) != right).any()  # the reciprocal alone does not
+
+
+def test_what_underflows_keeps_its_sign_by_that_of_the_dividend():
+    """The corrections alone turn -0 into 0, which FP8 has a code for; integers have not."""
+    v, divisor = np.array([-0.0, -1e-12 * 2.0**-119], np.float32), np.array([1.5, 1.5], np.float32)
+    bare = quotient(v, divisor, 2)
+    signed = (bare.view(np.uint32) | (v.view(np.uint32) & np.uint32(0x80000000))).view(np.float32)
+    assert not np.signbit(bare).any()
+    assert np.array_equal(signed.view(np.uint32), (v / divisor).view(np.uint32))

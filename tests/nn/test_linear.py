@@ -33,7 +33,7 @@ from lowbits.nn import (
     set_step_,
     weights_quantized_once,
 )
-from lowbits.quantizers import AbsMean, PerColumn, PerGroup, PerRow, PerTensor, QuantSpec, Rounding
+from lowbits.quantizers import AbsMean, Amax, PerColumn, PerGroup, PerRow, PerTensor, QuantSpec, Rounding
 from lowbits.recipes import NAMED, named
 from tests.oracles.linear_quantizer import fake_quantize
 
@@ -153,6 +153,18 @@ def test_native_int8_equals_its_simulation(conv1d, forward):
     # Codes are the same; 40 products are summed in float32, or exactly: 40 * 2^-24 * 40 * 1.
     for a, b in zip(run(models[0], x, g), run(models[1], x, g), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, while it traces autograd functions
+def test_layers_of_several_recipes_and_sizes_are_whole_graphs():
+    """A number that differs between layers is one that changes, for a compiler; what is asked of it must not break."""
+    torch._dynamo.reset()
+    floors = (Amax(), Amax(1e-5), Amax(1e-8))
+    for row in (QuantSpec(INT8, PerRow(), floor) for floor in floors):
+        layer = make(Recipe(fprop=Gemm(row, row), dgrad=Gemm(row, row), wgrad=Gemm(row, row), execution=Execution.AUTO))
+        layer.compile(backend="aot_eager", fullgraph=True, dynamic=True)
+        for tokens in (7, 8, 30):
+            assert run(layer, torch.randn(tokens, 20), torch.randn(tokens, 12))[1].any()
 
 
 def cpu_has_row_scales() -> bool:

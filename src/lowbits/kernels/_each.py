@@ -42,9 +42,23 @@ def quantize_each(
         along_k: as in `quantize_both`.
         along_r: likewise.
     """
-    made = made_of(along_k, along_r)
-    if made is None or along_k is None or along_r is None or not _together(matrices):
-        return [quantize_both(x, along_k, along_r, None, None) for x in matrices]
+    made, together = made_of(along_k, along_r), [i for i, x in enumerate(matrices) if _suits(x, matrices[0])]
+    found: dict[int, tuple[Coded | None, Coded | None]] = {}
+    if made is not None and along_k is not None and along_r is not None and len(together) > 1:
+        found = dict(zip(together, _at_once([matrices[i] for i in together], made, along_k, along_r), strict=True))
+    return [found.get(i) or quantize_both(x, along_k, along_r, None, None) for i, x in enumerate(matrices)]
+
+
+def _suits(x: Tensor, first: Tensor) -> bool:
+    """Whether a launch for many covers it, together with the first."""
+    sides = not (x.shape[0] % ALIGNED or x.shape[1] % ALIGNED) and x.numel() > 0
+    known = x.dtype == first.dtype and x.dtype in (torch.bfloat16, torch.float32)
+    return launches("rows", x.device) and known and sides and x.is_contiguous() and x.data_ptr() % 16 == 0
+
+
+def _at_once(
+    matrices: Sequence[Tensor], made: tuple[Made, Made], along_k: QuantSpec, along_r: QuantSpec
+) -> list[tuple[Coded, Coded]]:
     (of_k, of_r), first = (axis.of for axis in made), matrices[0]
     table = _table(tuple((x.data_ptr(), *x.shape) for x in matrices), (of_k, of_r), first.device)
     codes_k, codes_r = (first.new_empty(sum(table.codes), dtype=axis.dtype) for axis in made)
@@ -63,16 +77,6 @@ def quantize_each(
     ]
 
 
-def _together(matrices: Sequence[Tensor]) -> bool:
-    """Whether one launch covers them."""
-    first = matrices[0]
-    return launches("rows", first.device) and all(
-        x.is_contiguous() and x.dtype == first.dtype and x.dtype in (torch.bfloat16, torch.float32)
-        and not (x.shape[0] % ALIGNED or x.shape[1] % ALIGNED or x.data_ptr() % 16) and x.numel() > 0
-        for x in matrices
-    )  # fmt: skip
-
-
 def _shaped(scale: Tensor, of: str, rows: int, length: int) -> Tensor:
     shape = scale_shape(of, rows, length)
     scale = scale[: shape[0] * shape[1]]
@@ -81,7 +85,7 @@ def _shaped(scale: Tensor, of: str, rows: int, length: int) -> Tensor:
 
 @lru_cache(maxsize=16)
 def _table(known: tuple[tuple[int, int, int], ...], of: tuple[str, str], device: torch.device) -> _Table:
-    """Addresses of parameters stay, and so does a table of them."""
+    """Say where the matrices are, and their tiles. Addresses of parameters stay, and so does a table of them."""
     (br, bk), _ = tile_for(*of)
     largest = [magnitudes(of[0], rows) + magnitudes(of[1], columns) for _, rows, columns in known]
     codes = [rows * columns for _, rows, columns in known]

@@ -31,17 +31,19 @@ def launch(
     Args:
         kernel: a function in Triton's language, whose constants come last.
         grid: programs along three axes.
-        arguments: tensors, integers and descriptors, whose tiles the key says.
-        constants: makes those by name, and how to compile; asked once.
+        arguments: tensors, integers, and descriptors, the shapes of whose tiles are part of the key.
+        constants: makes those by name, and how to compile; asked when something is compiled.
         key: says which constants; equal keys have equal ones.
         device: of the tensors.
     """
-    # What Triton compiles differently: dtypes, whether addresses are multiples of 16, and some properties of sizes.
+    # What Triton compiles differently: dtypes, whether addresses are multiples of 16, and of sizes these three.
     kinds = (id(kernel), key, device, *[
-        a if type(a) is int else (a.dtype, a.data_ptr() & 15) if isinstance(a, Tensor) else a.base.dtype
+        (a == 1, a & 15 == 0, -(2**31) <= a < 2**31) if type(a) is int
+        else (a.dtype, a.data_ptr() & 15 == 0) if isinstance(a, Tensor) else a.base.dtype
         for a in arguments
     ])  # fmt: skip
-    found = _FOUND.get(kinds)
+    # AMD's compiler looks at the sizes of tensors, too.
+    found = None if torch.version.hip else _FOUND.get(kinds)
     with on_device(device):
         if found is not None:
             found[0][grid](*arguments, *found[1])

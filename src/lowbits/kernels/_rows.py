@@ -39,10 +39,9 @@ from lowbits.quantizers import (
     quantize,
 )
 
-# Rows and columns that a program works on, and its warps; where blocks share a scale; and for the largest magnitudes,
-# with how many tiles it walks down before the warps.
+# Rows and columns that a program works on, and its warps.
 _TILE, _BLOCKS, _BLOCKED = ((64, 64), 4), ((BLOCK, BLOCK), 4), ("GROUP", "TILE")
-_AMAX = (64, 128), 8, 4
+_AMAX = (64, 128), 8, 4  # and how many tiles it walks down, before the warps
 _NAMED = {"AMAX": Amax, "POWER_OF_TWO": PowerOfTwo, "RECIPROCAL": ReciprocalAmax}
 _RULES: dict[type[ScaleRule], str] = {kind: name for name, kind in _NAMED.items()}
 
@@ -53,7 +52,7 @@ class _Axis(NamedTuple):
 
     of: str
     rule: str
-    floor: float
+    floor: str
     format: tuple[str, int, bool, bool] | str  # the arguments of an `IntFormat`, or the name of an FP8
 
 
@@ -91,7 +90,7 @@ def _axis(spec: QuantSpec | None) -> _Axis | None:
     if of is None or spec.rounding is not Rounding.NEAREST or spec.transform is not None:
         return None
     assert isinstance(spec.scale, Amax | PowerOfTwo | ReciprocalAmax)
-    fmt, kind = spec.format, (of, _RULES[type(spec.scale)], spec.scale.floor)
+    fmt, kind = spec.format, (of, _RULES[type(spec.scale)], spec.scale.told)
     if isinstance(fmt, IntFormat):
         return _Axis(*kind, (fmt.name, fmt.bits, fmt.signed, fmt.lowest))
     return _Axis(*kind, fmt.name) if fmt in (E4M3, E5M2) else None
@@ -135,12 +134,12 @@ def _made(name: str, found: tuple[Any, ...] | None) -> Made | None:
     """None where the kernels do not quantize so."""
     if found is None:
         return Made(None, "NONE", torch.uint8, _named(name, 0.0, 0, 0, 0.0, 0.0, "AMAX"))
-    axis = _Axis(*found)
-    rule = _NAMED[axis.rule](axis.floor)
+    axis, floor, top = _Axis(*found), _float32(float(found[2])), 0.0
+    rule = _NAMED[axis.rule](float(axis.floor))
     fmt = IntFormat(*axis.format) if isinstance(axis.format, tuple) else {"e4m3": E4M3, "e5m2": E5M2}[axis.format]
     spec = QuantSpec(fmt, _GRANULARITIES[axis.of], rule)
-    floor, top = _float32(axis.floor), 0.0
-    if not fmt.has_zero or why_not_coded(spec) is not None:
+    # Nothing but the sign of an unsigned grid leaves it: the scale is that of the largest magnitude.
+    if not fmt.signed or not fmt.has_zero or why_not_coded(spec) is not None:
         return None
     if isinstance(rule, ReciprocalAmax):
         if not rule.floor > 0:

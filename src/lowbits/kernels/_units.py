@@ -71,11 +71,13 @@ def torch_has_block_scales(device: torch.device) -> bool:
     """
     if device.type != "cuda":
         return False
-    one = torch.ones(128, 512, device=device).to(torch.float8_e4m3fn)
-    rows, tiles = torch.ones(4, 128, device=device), torch.ones(1, 4, device=device)
+    one = torch.ones(256, 512, device=device).to(torch.float8_e4m3fn)
+    rows, tiles = torch.ones(4, 256, device=device), torch.ones(2, 4, device=device)
     try:
         for scale_b in (tiles.t(), rows):
             torch.ops.aten._scaled_mm(one, one.t(), rows.t(), scale_b, out_dtype=torch.bfloat16)
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, ValueError, NotImplementedError):
         return False
     return True

@@ -206,9 +206,6 @@ def quantize(
               FLOOR_R, TOP_R, RULE_R, BR, BK)  # fmt: skip
 
 
-# --- many matrices in one launch ------------------------------------------------------------------------------------
-
-
 @triton.jit
 def _of_tile(tiles, matrices, BF16: tl.constexpr):
     """This program's matrix, and the place of its tile.

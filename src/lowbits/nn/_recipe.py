@@ -193,6 +193,8 @@ class Recipe:
                 value = value.value
             elif isinstance(value, QuantSpec):
                 value = str(value)
+            elif isinstance(value, tuple):
+                value = list(value)  # as JSON gives it back
             out[one.name] = value
         return out
 

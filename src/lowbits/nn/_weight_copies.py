@@ -33,17 +33,18 @@ def weights_quantized_once(model: nn.Module) -> Iterator[None]:
         model: converted.
     """
     layers = [layer for layer in quantized_layers(model).values() if _keepable(layer)]
+    before = [layer.copies for layer in layers]
     try:
         _keep_copies_(layers)
         yield
     finally:
-        for layer in layers:
-            layer.copies = None
+        for layer, copies in zip(layers, before, strict=True):
+            layer.copies = copies
 
 
 def _keepable(layer: QuantizedLayer) -> bool:
     recipe = layer.recipe
-    plain = type(layer.weight.data) is Tensor and layer.weight_fn is None
+    plain = type(layer.weight.data) is Tensor and layer.weight_fn is None and layer.active is recipe
     if not plain or recipe.fprop.rhs is None or recipe.dgrad.rhs is None:
         return False
     nearest = all(spec.rounding is Rounding.NEAREST for spec in (recipe.fprop.rhs, recipe.dgrad.rhs))
