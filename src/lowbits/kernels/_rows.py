@@ -90,7 +90,7 @@ def _axis(spec: QuantSpec | None) -> _Axis | None:
     if of is None or spec.rounding is not Rounding.NEAREST or spec.transform is not None:
         return None
     assert isinstance(spec.scale, Amax | PowerOfTwo | ReciprocalAmax)
-    fmt, kind = spec.format, (of, _RULES[type(spec.scale)], spec.scale.told)
+    fmt, kind = spec.format, (of, _RULES[type(spec.scale)], spec.floor_told)
     if isinstance(fmt, IntFormat):
         return _Axis(*kind, (fmt.name, fmt.bits, fmt.signed, fmt.lowest))
     return _Axis(*kind, fmt.name) if fmt in (E4M3, E5M2) else None

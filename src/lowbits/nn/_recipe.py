@@ -184,9 +184,9 @@ class Recipe:
         """Return the recipe in words, for logs and exports (data out, never data in)."""
         out: dict[str, object] = {}
         for one in fields(self):
-            if not one.init:
+            value = getattr(self, one.name) if one.init else ()
+            if value == ():  # runs from before a field was there go on
                 continue
-            value = getattr(self, one.name)
             if isinstance(value, Gemm):
                 value = {side: None if spec is None else str(spec) for side, spec in value._asdict().items()}
             elif isinstance(value, Enum):

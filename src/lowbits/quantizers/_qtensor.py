@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 import torch
@@ -52,6 +52,11 @@ class QuantSpec:
         scale: the rule from a group to its scale.
         rounding: nearest-even, or stochastic (then `quantize` takes noise).
         transform: applied along the contraction before anything else; both operands of a GEMM need the same one.
+
+    Attributes:
+        floor_told: the scale's floor in words: a compiler may take the number for one that changes, and then has no
+            text of it.
+
     Raises:
         SpecError: the parts contradict each other.
     """
@@ -61,6 +66,7 @@ class QuantSpec:
     scale: ScaleRule = Amax()
     rounding: Rounding = Rounding.NEAREST
     transform: Hadamard | None = None
+    floor_told: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.scale, Asymmetric | StudyAsymmetric) and not isinstance(self.format, IntFormat):
@@ -75,6 +81,7 @@ class QuantSpec:
 
         # Computed now and kept: the lock in Python 3.11's cached_property would break a compiled graph.
         _ = self.format.max, self.format.has_zero, self.format.has_nan
+        object.__setattr__(self, "floor_told", repr(float(getattr(self.scale, "floor", 0.0))))
 
     def __str__(self) -> str:
         parts = [self.format.name, _words(self.granularity)]

@@ -15,7 +15,7 @@ same bits. Conventions shared by all rules of this file (`_block_scales` has tho
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -50,17 +50,10 @@ class Amax:
     Args:
         floor: lower bound of amax. 0 is right; published code uses 1e-5 (weights, activations), 1e-9 (gradients) and
             1e-8 (optimizer states), of which the last erases small second moments.
-
-    Attributes:
-        told: floor in words; a compiler may take the number for one that changes, and then has no text of it.
     """
 
     stored: ClassVar[Format | None] = None
     floor: float = 0.0
-    told: str = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "told", repr(float(self.floor)))
 
     def __call__(self, x: Tensor, dims: tuple[int, ...], fmt: Format) -> Scales:
         """Return the scale, extent 1 along `dims`."""
@@ -73,10 +66,6 @@ class PowerOfTwo:
 
     stored: ClassVar[Format | None] = None
     floor: float = 0.0
-    told: str = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "told", repr(float(self.floor)))
 
     def __call__(self, x: Tensor, dims: tuple[int, ...], fmt: Format) -> Scales:
         """Return the scale, extent 1 along `dims`."""
@@ -99,10 +88,6 @@ class ReciprocalAmax:
 
     stored: ClassVar[Format | None] = None
     floor: float = 1e-12
-    told: str = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "told", repr(float(self.floor)))
 
     def __call__(self, x: Tensor, dims: tuple[int, ...], fmt: Format) -> Scales:
         """Return the scale and what x is multiplied by, extent 1 along `dims`."""

@@ -254,7 +254,7 @@ def _plain(value: object) -> object:
         return value.to_dict()
     if is_dataclass(value) and not isinstance(value, type):
         named = {"name": value.name} if isinstance(value, Method) else {}
-        return named | {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+        return named | {f.name: _plain(getattr(value, f.name)) for f in fields(value) if f.init}
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, Path):
