@@ -123,7 +123,7 @@ def summary() -> str:
         f"`{arm}` {' and '.join(shown(by.get((width, arm), {}), 'over_bf16') for width in widths)}"
         for arm in arms if arm != "bf16"
     ]  # fmt: skip
-    where = f"Speed of a training step over bf16's on one H200, at widths {' and '.join(widths)}"
+    where = f"Speed of a training step over bf16's in the same run on one H200, at widths {' and '.join(widths)}"
     return f"{where}: {', '.join(told)}; `python benchmarks/train_step.py`, [more](docs/speed.md). {words}\n"
 
 

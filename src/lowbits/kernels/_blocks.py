@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lowbits.formats import FloatFormat
 from lowbits.kernels._launch import launch
-from lowbits.kernels._operators import operator
+from lowbits.kernels._operators import operator, remembered
 from lowbits.kernels._units import kernels, launches
 from lowbits.quantizers import (
     BlockRounding,
@@ -61,6 +61,7 @@ class _Plan(NamedTuple):
     bf16: bool = False
 
 
+@remembered
 def _plan(spec: QuantSpec) -> _Plan | None:
     fmt, granularity, transform = spec.format, spec.granularity, spec.transform
     if not isinstance(fmt, FloatFormat) or not 4 <= fmt.bits <= 8 or not fmt.subnormals or fmt.only_zero_is_zero:
@@ -79,13 +80,6 @@ def _plan(spec: QuantSpec) -> _Plan | None:
         fmt.mantissa_bits, fmt.min_normal_exponent, fmt.bits, fmt.max, nan, rule, _ROUNDINGS[spec.rounding], rows,
         columns, rotation, signs, transform is not None and transform.dtype == torch.bfloat16,
     )  # fmt: skip
-
-
-_known_plan = cache(_plan)  # compilers read through caches, and complain of each
-
-
-def _plan_of(spec: QuantSpec) -> _Plan | None:
-    return (_plan if torch.compiler.is_compiling() else _known_plan)(spec)
 
 
 def _rotates(transform: Hadamard | None) -> bool:
@@ -112,7 +106,7 @@ def plan_for(x: Tensor, spec: QuantSpec) -> _Plan | None:
     readable = x.ndim == 2 and x.numel() > 0 and x.dtype in (torch.bfloat16, torch.float32)
     if not readable or not launches("blocks", x.device):
         return None
-    plan = _plan_of(spec)
+    plan = _plan(spec)
     if plan is None:
         return None
     length = spec.padded(x.shape)[1]
@@ -177,7 +171,7 @@ def pack_operand(x: Tensor, spec: QuantSpec, noise: Tensor, role: int) -> Packed
 
 def unpack_operand(packed: PackedTensor, dtype: torch.dtype) -> Decoded | None:
     """Decode what `pack_operand` stored into what a GEMM multiplies; None where the kernels do not cover it."""
-    plan = _plan_of(packed.spec) if launches("blocks", packed.codes.device) and len(packed.shape) == 2 else None
+    plan = _plan(packed.spec) if launches("blocks", packed.codes.device) and len(packed.shape) == 2 else None
     if plan is None:
         return None
     rows, length = packed.spec.padded(packed.shape)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Multiply codes and scale the sums: `lowbits.kernels.gemm` on a GPU; integers by oneDNN on a CPU.
 
-FP8 with scales of 128 elements goes through cuBLAS where torch has that, in whole blocks: 1.3 to 1.9 times as fast
+FP8 with scales of 128 elements goes through cuBLAS where torch has that, in whole blocks: 1.3 to 2.3 times as fast
 (`benchmarks/gemm.py`), with the same distance from float64.
 """
 

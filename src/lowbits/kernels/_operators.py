@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Hashable
+from functools import cache
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+_T = TypeVar("_T")
 
 
 def operator(function: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
@@ -27,6 +30,20 @@ def operator(function: Callable[..., Any], fake: Callable[..., Any]) -> Callable
     torch.library.impl(name, "CompositeExplicitAutograd")(function)
     torch.library.register_fake(name)(fake)
     return getattr(torch.ops.lowbits, function.__name__.lstrip("_")).default
+
+
+def remembered(function: Callable[..., _T]) -> Callable[..., _T]:
+    """Keep what a function returned; a compiler reads the function itself, as it reads through any cache.
+
+    Args:
+        function: of hashable arguments, by position.
+    """
+    kept = cache(function)
+
+    def asked(*args: Hashable) -> _T:
+        return function(*args) if torch.compiler.is_compiling() else kept(*args)
+
+    return asked
 
 
 def as_dtype(y: Tensor, dtype: torch.dtype) -> Tensor:

@@ -22,7 +22,7 @@ from lowbits.formats import E4M3, E5M2, FloatFormat, IntFormat
 from lowbits.kernels import _rows_on_cpu
 from lowbits.kernels._coded import ALIGNED, BLOCK, FLOAT8, Coded, why_not_coded
 from lowbits.kernels._launch import launch
-from lowbits.kernels._operators import operator
+from lowbits.kernels._operators import operator, remembered
 from lowbits.kernels._units import kernels, launches
 from lowbits.quantizers import (
     Amax,
@@ -72,15 +72,13 @@ class Made(NamedTuple):
     constants: dict[str, Any]
 
 
+@remembered
 def _text(along_k: QuantSpec | None, along_r: QuantSpec | None) -> str | None:
     """Both axes; None where the kernels do not know one of them."""
     first, second = _axis(along_k), _axis(along_r)
     unknown = (first is None and along_k is not None) or (second is None and along_r is not None)
     # Tuples without names, since their literals are read again.
     return None if unknown else repr((first and tuple(first), second and tuple(second)))
-
-
-_known_text = cache(_text)  # compilers read through caches, and complain of each
 
 
 def _axis(spec: QuantSpec | None) -> _Axis | None:
@@ -120,7 +118,7 @@ def made_of(along_k: QuantSpec | None, along_r: QuantSpec | None) -> tuple[Made,
         along_k: as in `quantize_both`.
         along_r: likewise.
     """
-    text = _known_text(along_k, along_r)
+    text = _text(along_k, along_r)
     return None if text is None else _from_text(text)
 
 
@@ -182,7 +180,7 @@ def quantize_both(
         codes [R, K] and codes [K, R], or None where nothing was asked for.
     """
     compiles = torch.compiler.is_compiling()
-    text = (_text if compiles else _known_text)(along_k, along_r)
+    text = _text(along_k, along_r)
     few = x.device.type == "cpu" and x.numel() < _rows_on_cpu.SMALLEST and not launches("rows", x.device)
     readable = x.numel() > 0 and x.dtype in (torch.bfloat16, torch.float32) and not few
     if text is None or not readable or not _runs(text, x.device):
