@@ -161,9 +161,8 @@ class Quantizer(nn.Module):
     @torch.no_grad()
     def codes(self, x: Tensor) -> Tensor:
         """Return the integers k of x^Q = d k, int32; within 2^(b-1) - 1 of 0 for b bits."""
-        value = _wide(x, self.step)
-        magnitude = torch.minimum(value.abs(), self.limit).pow(self.exponent)
-        return (value.sign() * torch.round(magnitude / self.step)).to(torch.int32)
+        on_grid = self(_wide(x, self.step))  # a power computed twice in two ways could round to two neighbours
+        return torch.round(on_grid / self.step).to(torch.int32)
 
     def extra_repr(self) -> str:
         """Say the width."""
