@@ -7,6 +7,8 @@ refuses (code behind a return, types that differ between branches).
 
 from __future__ import annotations
 
+import json
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -59,6 +61,28 @@ def type_of(value: object) -> str:
     return "i64" if isinstance(value, int) and abs(value) >= 2**31 else "i32" if isinstance(value, int) else "fp32"
 
 
+def torn_reductions(ttgir: str) -> list[str]:
+    """Return the layouts whose lanes along the reduced axis are not neighbours; Triton 3.6 shuffles over others."""
+    lanes = {
+        name: json.loads(found)
+        for name, found in re.findall(r"^(#\w+) = #ttg\.linear<.*?lane = (\[.*?\]), w", ttgir, re.M)
+    }
+    torn = []
+    for axis, layout in re.findall(r'"tt\.reduce"\(.*?axis = (\d+) .*?\}\) : \(tensor<[^,]*, (.*?)>\)', ttgir, re.S):
+        used = reduced_lanes(layout, int(axis), lanes)
+        if used and used[-1] - used[0] + 1 != len(used):
+            torn.append(layout)
+    return torn
+
+
+def reduced_lanes(layout: str, axis: int, lanes: dict[str, list[list[int]]]) -> list[int]:
+    """Return the bits of the lane's number along an axis; those of a blocked layout are always neighbours."""
+    sliced = re.fullmatch(r"#ttg\.slice<\{dim = (\d+), parent = (.*)\}>", layout)
+    if sliced:
+        return reduced_lanes(sliced[2], axis + (axis >= int(sliced[1])), lanes)
+    return [bit for bit, basis in enumerate(lanes.get(layout, [])) if basis[axis]]
+
+
 @contextmanager
 def compiling() -> Iterator[set[str]]:
     """Compile in place of launching; yields the names and arguments of what was compiled."""
@@ -66,18 +90,23 @@ def compiling() -> Iterator[set[str]]:
 
     def run(kernel: JITFunction, *args: object, grid: object = None, warmup: bool = False, **named_: Any) -> None:
         bound = dict(zip(kernel.arg_names, args, strict=False)) | named_
-        signature, constants = {}, {}
+        signature, constants, attributes = {}, {}, {}
         for parameter in kernel.params:
             value = bound.get(parameter.name, parameter.default)
             if parameter.is_constexpr:
                 signature[parameter.name], constants[(parameter.num,)] = "constexpr", getattr(value, "value", value)
-            else:
-                signature[parameter.name] = type_of(value)
+                continue
+            signature[parameter.name] = type_of(value)
+            # As a launch has it: what is a multiple of 16 is read by more than one beside each other.
+            if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+                attributes[(parameter.num,)] = [["tt.divisibility", 16]]
         told = f"{kernel.fn.__name__} {signature} {constants}"
         if told not in seen:
             seen.add(told)
-            source = ASTSource(kernel, signature=signature, constexprs=constants)
-            triton_compile(source, target=TARGET, options={k: v for k, v in named_.items() if k in OPTIONS})
+            source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
+            made = triton_compile(source, target=TARGET, options={k: v for k, v in named_.items() if k in OPTIONS})
+            torn = torn_reductions(made.asm["ttgir"])
+            assert not torn, f"{kernel.fn.__name__} reduces over lanes that are not neighbours: {torn}"
 
     def launcher(kernel: JITFunction, grid: object) -> Any:
         return lambda *args, **named_: run(kernel, *args, **named_)

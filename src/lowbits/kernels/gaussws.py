@@ -5,6 +5,9 @@ The eager definition is `lowbits.methods._pseudo_noise`'s; results are equal to 
 blocks of BR x BC elements side by side; nothing is read twice and R is never stored. Needs triton; imported where it is
 used. Launch without fused multiply-adds (`enable_fp_fusion=False`): the definition rounds after every operation.
 
+Sums and maxima go over columns, then over rows: over both at once, flattened, their lanes need not be neighbours, and
+Triton 3.6 then shuffles over those of the next block instead (tests.kernels.compiling looks for such reductions).
+
     w, out      rows x columns, contiguous
     bits        float32 [down, across], b_i
     slopes      float32 [down, across], -ln 2 (b_init - b_target) D
@@ -210,7 +213,7 @@ def add_noise(
     """out = cast(w + R D); slopes of all blocks."""
     i, j, at, mask = _tile(rows, columns, across, BR, BC, NB)
     x = tl.load(w + at, mask, 0.0).to(tl.float32)
-    amax = tl.reduce(tl.reshape(tl.abs(x), (NB, BR * BC)), 1, _largest)
+    amax = tl.reduce(tl.reduce(tl.abs(x), 2, _largest), 1, _largest)
     live = j < across
     b = tl.load(bits + i * across + j, live, 0.0) * b_span + b_target
     clamped = tl.minimum(tl.maximum(b, least), most)
@@ -250,7 +253,7 @@ def gradients(
         product = (x.to(tl.float32) * r).to(tl.float64)
     else:
         product = x.to(tl.float64) * r.to(tl.float64)
-    total = tl.sum(tl.reshape(product, (NB, BR * BC)), 1)
+    total = tl.sum(tl.sum(product, 2), 1)
     live = j < across
     slope = tl.load(slopes + i * across + j, live, 0.0)
     tl.store(grad_bits + i * across + j, (total * slope.to(tl.float64)).to(tl.float32), live)
