@@ -31,6 +31,7 @@ from lowbits.methods._pseudo_noise import _launch
 from lowbits.methods.diffq import DiffQ, Form
 from lowbits.methods.gaussws import GaussWS, Plan, PseudoNoise
 from lowbits.nn import Recipe, convert_, quantized_layers
+from lowbits.train._determinism import determinism
 
 ROOT = Path(__file__).parents[2]
 STEPS, WARMUP, VOCABULARY = 4, 3, 32_000
@@ -286,15 +287,14 @@ def replayed(calls: Sequence[Callable[[], object]]) -> float:
 def repeat(size: Size, arms: Sequence[str], until: float) -> Iterable[Found]:
     """Losses of two runs of one seed, and of one whose noisy weights are made again in the backward pass."""
     small, losses = replace(size, layers=2, batch=min(2, size.batch), compiled=False), {}
-    # Sums in attention and embeddings are otherwise in the order in which they come. A warning alone of cuBLAS, whose
-    # setting is read before any part begins; on one stream its products are the same every time.
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    for name, method in {"first": GaussWS(), "again": GaussWS(), "lean": GaussWS(lean=True)}.items():
-        made, ids = training(method, small), tokens(small)
-        losses[name] = [made.take(ids).item() for _ in range(6)]
-        del made, ids
-        release()
-    torch.use_deterministic_algorithms(False)
+    # What is compared is our part: sums in attention and embeddings are otherwise in the order in which they come, and
+    # warnings alone would leave those of attention's backward pass as they are.
+    with determinism(True):
+        for name, method in {"first": GaussWS(), "again": GaussWS(), "lean": GaussWS(lean=True)}.items():
+            made, ids = training(method, small), tokens(small)
+            losses[name] = [made.take(ids).item() for _ in range(6)]
+            del made, ids
+            release()
     same = losses["first"] == losses["again"] == losses["lean"]
     yield {"losses": losses, "equal": same, "shards": shards() if size.device == "cuda" else None}
 
