@@ -34,7 +34,7 @@ from lowbits.kernels import (
     scaled_mm,
     unpack_operand,
 )
-from lowbits.nn import Gemm, Recipe, Save, convert_
+from lowbits.nn import Gemm, Grid, Recipe, Save, StepInit, convert_, quantize_parameter
 from lowbits.quantizers import (
     Amax,
     PerColumn,
@@ -273,6 +273,9 @@ def simulated() -> None:
             results.append((y.detach(), x.grad, model[0].weight.grad))
         pairs = [*zip(*results, strict=True), *zip(*saved, strict=True)]
         print(f"simulated layer, {name}: {'equal' if all(torch.equal(a, b) for a, b in pairs) else 'differ'}")
+    stored = quantize_parameter(torch.randn(64, 48, device=DEVICE), Grid.of(8), StepInit())
+    if quantize_operand(stored, SPECS[0], torch.zeros(3), 1, torch.bfloat16) is not None:
+        print("a parameter of codes, read as if it were numbers: differ")
 
 
 def operators() -> None:

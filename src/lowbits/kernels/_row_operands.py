@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowbits.kernels._decoded import Decoded
 from lowbits.kernels._launch import launch
@@ -99,8 +99,9 @@ def quantize_operand(x: Tensor, spec: QuantSpec, dtype: torch.dtype, *, codes: b
         codes: whether as stored codes, too.
     """
     plan = _plan_for(spec, x.shape, x.device)
-    unreadable = x.dtype not in (torch.bfloat16, torch.float32)
-    if plan is None or unreadable or (codes and spec.format.bits != 8):
+    # Subclasses (codes as a parameter, shards) have no memory of their own that holds their numbers.
+    readable = x.dtype in (torch.bfloat16, torch.float32) and type(x) in (Tensor, nn.Parameter)
+    if plan is None or not readable or (codes and spec.format.bits != 8):
         return None
     rows = _as_rows(x, spec)
     inner, scale = torch.empty_like(rows, dtype=dtype), x.new_empty(_scale_shape(spec, x.shape), dtype=torch.float32)
