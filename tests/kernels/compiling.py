@@ -29,7 +29,9 @@ from lowbits.kernels import (
     _blocks,
     _each,
     _matmul,
+    _row_operands,
     _rows,
+    decode_operand,
     pack_operand,
     quantize_both,
     quantize_each,
@@ -115,7 +117,8 @@ def compiling() -> Iterator[set[str]]:
         stack.enter_context(patch.object(JITFunction, "run", run))
         stack.enter_context(patch.object(JITFunction, "__getitem__", launcher))
         for module, name in (
-            (_blocks, "launches"), (_rows, "launches"), (_each, "launches"), (_matmul, "launches"),
+            (_blocks, "launches"), (_row_operands, "launches"), (_rows, "launches"), (_each, "launches"),
+            (_matmul, "launches"),
             (_launched, "usable"), (_signature, "usable"), (_launch, "launchable"),
         ):  # fmt: skip
             stack.enter_context(patch.object(module, name, lambda *_: True))
@@ -159,6 +162,17 @@ def rows_and_codes() -> None:
     scaled_mm(large, large, torch.bfloat16)
 
 
+def operands_with_scales_of_rows() -> None:
+    noise = torch.zeros(3, dtype=torch.int64)
+    for name in ("w8a8g8_faithful", "a8_tensor", "fp8_tensorwise", "fp8_rowwise", "fp8_rowwise_pow2"):
+        for spec in {spec for gemm in named(name).gemms.values() for spec in gemm if spec}:
+            for dtype in (torch.bfloat16, torch.float32):
+                made = quantize_operand(torch.randn(64, 128).to(dtype), spec, noise, 1, torch.bfloat16, codes=True)
+                assert made is not None and made.packed is not None
+                for to, whole in ((torch.bfloat16, False), (torch.float32, True)):
+                    assert decode_operand(made.packed, to, whole=whole) is not None
+
+
 def optimizers() -> None:
     def step(optimizer: type, start: Any, dtype: torch.dtype = torch.float32, **options: Any) -> None:
         params = [nn.Parameter(start(torch.randn(64, 128)).to(dtype)) for _ in range(2)]
@@ -193,7 +207,7 @@ def learned_steps() -> None:
 
 def main() -> None:
     with compiling() as seen:
-        for what in (block_formats, rows_and_codes, optimizers, learned_steps):
+        for what in (block_formats, rows_and_codes, operands_with_scales_of_rows, optimizers, learned_steps):
             before = len(seen)
             what()
             print(f"{what.__name__}: {len(seen) - before} kernels")

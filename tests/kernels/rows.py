@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import sys
 import warnings
+from dataclasses import replace
 from unittest.mock import patch
 
 import torch
@@ -21,10 +22,22 @@ import lowbits.kernels.blocks
 import lowbits.kernels.gemm
 import lowbits.kernels.rows  # noqa: F401  the interpreter's kernels are used where they are loaded
 from lowbits.formats import E4M3, E5M2, INT4, INT8, TERNARY, UINT4
-from lowbits.kernels import Coded, _each, _rows, quantize_both, quantize_each, scaled_mm
-from lowbits.nn import convert_
+from lowbits.kernels import (
+    Coded,
+    _each,
+    _row_operands,
+    _rows,
+    decode_operand,
+    quantize_both,
+    quantize_each,
+    quantize_operand,
+    scaled_mm,
+    unpack_operand,
+)
+from lowbits.nn import Gemm, Grid, Recipe, Save, StepInit, convert_, quantize_parameter
 from lowbits.quantizers import (
     Amax,
+    PerColumn,
     PerGroup,
     PerRow,
     PerTensor,
@@ -90,6 +103,48 @@ def spread(of_scales: Tensor, codes: Tensor) -> Tensor:
         return of_scales.expand(codes.shape)
     rows = 1 if of_scales.shape[0] == codes.shape[0] else 128
     return of_scales.repeat_interleave(128, 1).repeat_interleave(rows, 0)[: codes.shape[0], : codes.shape[1]]
+
+
+def operands() -> None:
+    """What simulated GEMMs multiply, the bytes that wait for backward, and what is decoded of them: bit for bit."""
+    sharing = (PerRow(), PerTensor(), PerColumn(), PerGroup(16))
+    specs = [QuantSpec(*parts) for parts in itertools.product((INT8, E4M3, E5M2, INT4), sharing, RULES)]
+    noise = torch.zeros(3, dtype=torch.int64, device=DEVICE)
+    for number, spec in enumerate(specs):
+        for rows, columns, transposed in SHAPES if FULL else SHAPES[number % 3 :: 3]:
+            for value in VALUES if FULL else VALUES[number % len(VALUES) :: len(VALUES)]:
+                dtype = torch.float32 if number % 5 < 2 or value == 1e-40 else torch.bfloat16
+                x = matrix(rows, columns, transposed, dtype, value)
+                made = quantize_operand(x, spec, noise, 1, dtype, codes=spec.format.bits == 8)
+                if made is None:  # no whole groups, or those that `lowbits.kernels.blocks` knows
+                    known = isinstance(spec.scale, PowerOfTwo) and spec.format in (E4M3, E5M2)
+                    assert isinstance(spec.granularity, PerGroup) and (columns % 16 or known), str(spec)
+                    continue
+                q = quantize(x, spec)
+                inner, outer = q.factors()
+                pairs = {"inner": (made.inner, inner.to(dtype)), "outer": (made.outer, outer)}
+                if made.packed is not None:
+                    stored = q.pack()
+                    pairs |= {"codes": (made.packed.codes, stored.codes), "scale": (made.packed.scale, stored.scale)}
+                    again = unpack_operand(stored, dtype)
+                    numbers = decode_operand(stored, torch.float32, whole=True)
+                    assert again is not None and numbers is not None and numbers.outer is None
+                    # Codes have no -0 where formats have none; adding 0 makes it 0.
+                    pairs["unpacked"] = again.inner + 0.0, stored.unpack().factors()[0].to(dtype) + 0.0
+                    pairs["numbers"] = numbers.inner + 0.0, stored.unpack().dequantize() + 0.0
+                wrong = [name for name, (a, b) in pairs.items() if not same_bits(a, b)]
+                if wrong or (not isinstance(spec.granularity, PerGroup) and made.inner.stride() != inner.stride()):
+                    print(f"operand, {spec}; {tuple(x.shape)} {dtype} with {value}: differ {wrong}")
+
+
+def same_bits(a: Tensor | None, b: Tensor | None) -> bool:
+    """NaN is NaN whatever its bits; -0 is not 0."""
+    if a is None or b is None:
+        return a is b
+    if a.is_floating_point():
+        same = (a.nan_to_num(7.0) == b.nan_to_num(7.0)) & ((a.signbit() == b.signbit()) | a.isnan())
+        return a.shape == b.shape and a.dtype == b.dtype and bool(same.all() and torch.equal(a.isnan(), b.isnan()))
+    return a.dtype == b.dtype and torch.equal(a, b)
 
 
 def products() -> None:
@@ -185,6 +240,44 @@ def layers() -> None:
         print(f"layer, {name}: {'equal' if fine else 'differ'}")
 
 
+def simulated() -> None:
+    """Layers that decode their operands, by kernels and by the definition: output, gradients, what waits for them."""
+    names = "w8a8_faithful", "w8a8g8_faithful", "w8a8g8", "a8_column", "w4a4", "bitnet_b158"
+    recipes = {name: named(name) for name in names}
+    row, scaled_sums = Gemm(SPECS[0], SPECS[0]), QuantSpec(E4M3, PerRow(), ReciprocalAmax())
+    recipes["codes quantized anew"] = replace(recipes["w8a8_faithful"], dgrad=row, wgrad=row)
+    recipes["codes for wgrad"] = Recipe(fprop=row, wgrad=Gemm(None, SPECS[0]), save=Save.OPERANDS)
+    recipes["scales of sums"] = Recipe(fprop=Gemm(scaled_sums, scaled_sums), save=Save.QUANTIZED)
+    recipes["scales of wgrad's sums"] = Recipe(wgrad=Gemm(scaled_sums, scaled_sums), save=Save.OPERANDS)
+    for name, recipe in recipes.items():
+        results, saved = [], ([], [])
+        for fast in (True, False):
+            torch.manual_seed(0)
+            model = nn.Sequential(nn.Linear(48, 80)).to(DEVICE)
+            convert_(model, recipe, verbose=False)
+            x = torch.randn(64, 48, generator=torch.Generator().manual_seed(2)).to(DEVICE).requires_grad_()
+
+            def keep(t: Tensor, kept: list[Tensor] = saved[fast]) -> Tensor:
+                kept.append(t)
+                return t
+
+            with (
+                patch.object(_row_operands, "launches", return_value=fast),
+                patch.object(_row_operands, "launch", wraps=_row_operands.launch) as launch,
+                torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t),
+                torch.autocast(DEVICE, torch.bfloat16),
+            ):
+                y = model(x)
+                y.backward(torch.randn(64, 80, generator=torch.Generator().manual_seed(3)).to(DEVICE).to(y.dtype))
+                assert bool(launch.call_count) == fast
+            results.append((y.detach(), x.grad, model[0].weight.grad))
+        pairs = [*zip(*results, strict=True), *zip(*saved, strict=True)]
+        print(f"simulated layer, {name}: {'equal' if all(torch.equal(a, b) for a, b in pairs) else 'differ'}")
+    stored = quantize_parameter(torch.randn(64, 48, device=DEVICE), Grid.of(8), StepInit())
+    if quantize_operand(stored, SPECS[0], torch.zeros(3), 1, torch.bfloat16) is not None:
+        print("a parameter of codes, read as if it were numbers: differ")
+
+
 def operators() -> None:
     """What torch demands of operators, and that layers which share an input share its codes in a compiled graph."""
     x = torch.randn(40, 48, device=DEVICE)
@@ -237,7 +330,9 @@ def rest() -> None:
     products_of_blocks()
     many()
     many_of_which_one_does_not_fit()
+    operands()
     layers()
+    simulated()
     operators()
 
 

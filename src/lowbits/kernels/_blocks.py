@@ -3,14 +3,14 @@
 
 Covered: floats of 4 to 8 bits in groups and tiles of 2 to 128 elements a side, under two-level scales in
 TransformerEngine's order, shared exponents rounded up or down, and powers of two; rotations of up to 64 elements; all
-roundings. The rest takes the eager definition, which computes the same bits.
+roundings. Scales of rows and columns: `_row_operands`. The rest takes the eager definition, which computes the same
+bits.
 """
 
 from __future__ import annotations
 
 import ast
 import math
-from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from lowbits.formats import FloatFormat
+from lowbits.kernels import _row_operands
+from lowbits.kernels._decoded import Decoded
 from lowbits.kernels._launch import launch
 from lowbits.kernels._operators import operator, remembered
 from lowbits.kernels._units import kernels, launches
@@ -114,35 +116,10 @@ def plan_for(x: Tensor, spec: QuantSpec) -> _Plan | None:
     return plan if whole_words and (plan.bits != 4 or length % 2 == 0) else None
 
 
-@dataclass(frozen=True)
-class Decoded:
-    """An operand as a GEMM multiplies it:  x ~ inner * outer, in the spec's basis.
-
-    Args:
-        inner: [R, padded K], of the compute dtype, in which it is exact.
-        outer: float32 [1, 1], or None for 1.
-        spec: how it was made.
-        packed: the same as stored codes, where they were asked for.
-    """
-
-    inner: Tensor
-    outer: Tensor | None
-    spec: QuantSpec
-    packed: PackedTensor | None = None
-
-    def factors(self) -> tuple[Tensor, Tensor | None]:
-        """See `QTensor.factors`."""
-        return self.inner, self.outer
-
-    def dequantize(self) -> Tensor:
-        """See `QTensor.dequantize`; for operands that are not rotated."""
-        assert self.spec.transform is None
-        inner = self.inner.float()
-        return inner if self.outer is None else inner * self.outer
-
-
-def quantize_operand(x: Tensor, spec: QuantSpec, noise: Tensor, role: int, dtype: torch.dtype) -> Decoded | None:
-    """Quantize a matrix into what a GEMM multiplies; None where the kernels do not cover it.
+def quantize_operand(
+    x: Tensor, spec: QuantSpec, noise: Tensor, role: int, dtype: torch.dtype, *, codes: bool = False
+) -> Decoded | None:
+    """Quantize a matrix into what a GEMM multiplies; None where no kernels cover it.
 
     Args:
         x: [R, K], bfloat16 or float32, any strides.
@@ -150,19 +127,23 @@ def quantize_operand(x: Tensor, spec: QuantSpec, noise: Tensor, role: int, dtype
         noise: int64, the step first; the two words of the stream's key at `role`.
         role: see `noise`.
         dtype: of the result.
+        codes: whether as stored codes, too, which is known for scales of rows, columns and the whole alone.
     """
     plan = plan_for(x, spec)
     if plan is None:
+        return _row_operands.quantize_operand(x, spec, dtype, codes=codes)
+    if codes:
         return None
     inner, _, _, outer = _quantized(x, noise, role, spec.padded(x.shape)[1], plan, dtype, codes=False)
     return Decoded(inner, _outer(outer, plan), spec)
 
 
 def pack_operand(x: Tensor, spec: QuantSpec, noise: Tensor, role: int) -> PackedTensor | None:
-    """Quantize a matrix into stored codes and scales; None where the kernels do not cover it. Args as above."""
+    """Quantize a matrix into stored codes and scales; None where no kernels cover it. Args as above."""
     plan = plan_for(x, spec)
     if plan is None:
-        return None
+        made = _row_operands.quantize_operand(x, spec, x.dtype, codes=True)
+        return made and made.packed
     _, codes, scales, outer = _quantized(x, noise, role, spec.padded(x.shape)[1], plan, x.dtype, codes=True)
     two_level = isinstance(spec.scale, TwoLevel)
     view = outer.view([1] * scales.ndim) if two_level else None
@@ -170,10 +151,10 @@ def pack_operand(x: Tensor, spec: QuantSpec, noise: Tensor, role: int) -> Packed
 
 
 def unpack_operand(packed: PackedTensor, dtype: torch.dtype) -> Decoded | None:
-    """Decode what `pack_operand` stored into what a GEMM multiplies; None where the kernels do not cover it."""
+    """Decode what `pack_operand` stored into what a GEMM multiplies; None where no kernels cover it."""
     plan = _plan(packed.spec) if launches("blocks", packed.codes.device) and len(packed.shape) == 2 else None
     if plan is None:
-        return None
+        return _row_operands.decode_operand(packed, dtype, whole=False)
     rows, length = packed.spec.padded(packed.shape)
     if plan.bits == 4 and length % 2:
         return None

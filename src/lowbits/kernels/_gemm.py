@@ -28,8 +28,8 @@ from torch import Tensor
 
 from lowbits.errors import NativeError
 from lowbits.formats import IntFormat
-from lowbits.kernels._blocks import Decoded
 from lowbits.kernels._coded import Coded, of_blocks
+from lowbits.kernels._decoded import Decoded
 from lowbits.kernels._matmul import matmul_blocks, matmul_codes, matmul_fp8
 from lowbits.kernels._operators import as_dtype
 from lowbits.quantizers import QTensor

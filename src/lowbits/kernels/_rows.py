@@ -247,18 +247,8 @@ def _launch(x: Tensor, text: str, made: tuple[Made, Made], results: tuple[Tensor
     k, (of_k, of_r) = kernels("rows"), (axis.of for axis in made)
     assert k is not None
     (rows, columns), (stride_r, stride_k) = x.shape, x.stride()
-    count = magnitudes(of_k, rows) + magnitudes(of_r, columns)
-    if count:
-        largest = torch.zeros(count, dtype=torch.int32, device=x.device)
-        (br, bk), steps, warps = _AMAX
-        grid = -(-columns // bk), -(-rows // (br * steps)), 1
-        launch(
-            k.amax, grid, (x, largest, rows, columns, stride_r, stride_k),
-            lambda: {"OF_K": of_k, "OF_R": of_r, "BR": br, "BK": bk, "STEPS": steps, "num_warps": warps},
-            (of_k, of_r), x.device,
-        )  # fmt: skip
-    else:
-        largest = results[1]  # nothing reads it
+    largest = launch_amax(x, of_k, of_r)
+    largest = results[1] if largest is None else largest  # nothing reads it
     # Each copy is filled up with zeros along what a GEMM contracts.
     padded_k = columns if made[0].spec is None else results[0].shape[1]
     padded_r = rows if made[1].spec is None else results[2].shape[1]
@@ -269,6 +259,29 @@ def _launch(x: Tensor, text: str, made: tuple[Made, Made], results: tuple[Tensor
         lambda: {"OF_K": of_k, "OF_R": of_r, **made[0].constants, **made[1].constants, "BR": height, "BK": width,
                  "num_warps": warps, "enable_fp_fusion": False}, text, x.device,
     )  # fmt: skip
+
+
+def launch_amax(x: Tensor, of_k: str, of_r: str) -> Tensor | None:
+    """Return the bits of the largest magnitudes of a matrix, those of rows first; None where blocks have their own.
+
+    Args:
+        x: [R, K], any strides.
+        of_k: what shares a scale along k, see `Made`.
+        of_r: likewise along r.
+    """
+    k, (rows, columns) = kernels("rows"), x.shape
+    count = magnitudes(of_k, rows) + magnitudes(of_r, columns)
+    if not count:
+        return None
+    assert k is not None
+    largest = torch.zeros(count, dtype=torch.int32, device=x.device)
+    (br, bk), steps, warps = _AMAX
+    launch(
+        k.amax, (-(-columns // bk), -(-rows // (br * steps)), 1), (x, largest, rows, columns, *x.stride()),
+        lambda: {"OF_K": of_k, "OF_R": of_r, "BR": br, "BK": bk, "STEPS": steps, "num_warps": warps},
+        (of_k, of_r), x.device,
+    )  # fmt: skip
+    return largest
 
 
 def tile_for(of_k: str, of_r: str) -> tuple[tuple[int, int], int]:

@@ -13,7 +13,16 @@ no amax.
 import triton
 import triton.language as tl
 
-from lowbits.kernels.blocks import INTERPRETED, _as_float, _encoded, _magnitude_bits, _rounded, _two_to
+from lowbits.kernels.blocks import (
+    INTERPRETED,
+    _as_bf16,
+    _as_float,
+    _decoded,
+    _encoded,
+    _magnitude_bits,
+    _rounded,
+    _two_to,
+)
 
 
 @triton.jit
@@ -128,16 +137,28 @@ else:
 
 
 @triton.jit
+def _signed(y, v):
+    """y with the sign of v, which it lost if it is 0."""
+    return _as_float(y.to(tl.uint32, bitcast=True) | (v.to(tl.uint32, bitcast=True) & 0x80000000))
+
+
+@triton.jit
+def _target(v, by, RULE: tl.constexpr):
+    """What is rounded; corrections of a quotient that underflowed lose the sign of its zero."""
+    if RULE == "RECIPROCAL":
+        return v * by
+    elif RULE == "POWER_OF_TWO":
+        return v * tl.div_rn(1.0, by)  # exact, as the division would be
+    else:
+        return _quotient(v, by)
+
+
+@triton.jit
 def _codes(v, by, HIGH: tl.constexpr, M: tl.constexpr, LOWEST: tl.constexpr, RULE: tl.constexpr, TYPE: tl.constexpr):
     """`Format.project` of v under its scale, as the bytes of TYPE: int8, or an FP8 with M mantissa bits."""
-    if RULE == "RECIPROCAL":
-        y = v * by
-    elif RULE == "POWER_OF_TWO":
-        y = v * tl.div_rn(1.0, by)  # exact, as the division would be
-    else:
-        y = _quotient(v, by)
-        if TYPE != tl.int8:  # corrections of what underflowed lose the sign of its zero
-            y = _as_float(y.to(tl.uint32, bitcast=True) | (v.to(tl.uint32, bitcast=True) & 0x80000000))
+    y = _target(v, by, RULE)
+    if TYPE != tl.int8 and RULE == "AMAX":
+        y = _signed(y, v)
     if TYPE == tl.int8:
         # 1.5 * 2^23: float32 rounds to integers there, ties to even, and holds them in its lowest bits. The scale is
         # that of the largest magnitude, so nothing leaves the grid.
@@ -204,6 +225,63 @@ def quantize(
     _quantize(x, largest, codes_k, scale_k, codes_r, scale_r, R, K, KP, RP, stride_r, stride_k, tl.program_id(0),
               tl.program_id(1), OF_K, HIGH_K, M_K, LOWEST_K, FLOOR_K, TOP_K, RULE_K, OF_R, HIGH_R, M_R, LOWEST_R,
               FLOOR_R, TOP_R, RULE_R, BR, BK)  # fmt: skip
+
+
+@triton.jit
+def _store_decoded(to, value, inside):
+    if to.dtype.element_ty == tl.bfloat16:
+        value = _as_bf16(value)
+    tl.store(to, value.to(to.dtype.element_ty), inside)
+
+
+@triton.jit
+def quantize_operand(
+    x, largest, inner, codes, scales, R, K, stride_r, stride_k, inner_r, inner_k, codes_r, codes_k, OF: tl.constexpr,
+    HIGH: tl.constexpr, M: tl.constexpr, LOWEST: tl.constexpr, FLOOR: tl.constexpr, TOP: tl.constexpr,
+    RULE: tl.constexpr, SCALED: tl.constexpr, CODES: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr
+):  # fmt: skip
+    """Quantize x into what a GEMM multiplies, times its scales if SCALED, and into bytes as they are stored if CODES.
+
+    Rounds in float32, so that GPUs without FP8 do it, too. M is 0 for integers. `largest`: see `amax`.
+    """
+    row, column = tl.program_id(1) * BR + tl.arange(0, BR), tl.program_id(0) * BK + tl.arange(0, BK)
+    v = _tile(x, row, column, R, K, stride_r, stride_k)
+    to = row if OF == "ROW" else row * 0
+    scale, by = _scales(tl.load(largest + to, row < R, 0), HIGH, FLOOR, TOP, RULE)
+    tl.store(scales + to, scale, (row < (R if OF == "ROW" else 1)) & (tl.program_id(0) == 0))
+    y = _target(v, by[:, None], RULE)
+    if M == 0:
+        value = (y + 12582912.0) - 12582912.0  # see `_codes`
+    else:
+        value = _rounded(y, y, M, LOWEST, HIGH, "NEAREST")
+    value = _signed(value, v)
+    row, inside = row[:, None].to(tl.int64), (row[:, None] < R) & (column[None, :] < K)
+    column = column[None, :].to(tl.int64)
+    if CODES:
+        if M == 0:  # NaN sits in the scale
+            code = tl.where(value == value, value, 0.0).to(tl.int32) & 255
+        else:
+            code = _encoded(value, M, LOWEST, 8, 127)
+        tl.store(codes + row * codes_r + column * codes_k, code.to(tl.uint8), inside)
+    _store_decoded(inner + row * inner_r + column * inner_k, value * scale[:, None] if SCALED else value, inside)
+
+
+@triton.jit
+def decode(
+    codes, scales, inner, R, K, codes_r, codes_k, inner_r, inner_k, OF: tl.constexpr, M: tl.constexpr,
+    LOWEST: tl.constexpr, SCALED: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr
+):  # fmt: skip
+    """What `quantize_operand` makes of x, from the bytes and the scales that it stored."""
+    row, column = tl.program_id(1) * BR + tl.arange(0, BR), tl.program_id(0) * BK + tl.arange(0, BK)
+    inside = (row[:, None] < R) & (column[None, :] < K)
+    scale = tl.load(scales + (row if OF == "ROW" else row * 0), row < R, 1.0)[:, None]
+    row, column = row[:, None].to(tl.int64), column[None, :].to(tl.int64)
+    code = tl.load(codes + row * codes_r + column * codes_k, inside, 0).to(tl.int32)
+    if M == 0:
+        value = ((code ^ 128) - 128).to(tl.float32)
+    else:
+        value = _decoded(code, M, LOWEST, 8, 127)
+    _store_decoded(inner + row * inner_r + column * inner_k, value * scale if SCALED else value, inside)
 
 
 @triton.jit

@@ -23,7 +23,17 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from lowbits.errors import ShapeError
-from lowbits.kernels import Coded, Operand, pack_operand, quantize_both, quantize_operand, scaled_mm, unpack_operand
+from lowbits.kernels import (
+    Coded,
+    Decoded,
+    Operand,
+    decode_operand,
+    pack_operand,
+    quantize_both,
+    quantize_operand,
+    scaled_mm,
+    unpack_operand,
+)
 from lowbits.nn._recipe import GEMMS, Recipe, Save
 from lowbits.quantizers import Noise, PackedTensor, QTensor, QuantSpec, quantize
 
@@ -118,13 +128,14 @@ def _keep_for_backward(
     ctx: Any, plan: Plan, noise: Tensor, x: Operand | PackedTensor, w: Operand, weight_dtype: torch.dtype
 ) -> None:
     """Save X and W, packed where they are codes, and X as wgrad's operand where the recipe asks for it."""
+    if not plan.trains:
+        return
     ctx.plan, ctx.weight_dtype = plan, weight_dtype
-    wanted = plan.trains and ctx.needs_input_grad[1]
-    if plan.recipe.save is Save.OPERANDS and wanted and isinstance(x, Tensor):
+    if plan.recipe.save is Save.OPERANDS and ctx.needs_input_grad[1] and isinstance(x, Tensor):
         assert plan.recipe.wgrad.rhs is not None
         known = _by_kernel(pack_operand, x.t(), plan.recipe.wgrad.rhs, plan, "wgrad.rhs", noise)
         x = known or _operand(x.t(), "wgrad.rhs", plan, noise)
-    packed = [q.pack() if isinstance(q, QTensor) else q for q in (x, w)]
+    packed = [q.pack() if isinstance(q, QTensor) else q.packed if isinstance(q, Decoded) else q for q in (x, w)]
     ctx.kept, parts = [], []
     for p in packed:
         if isinstance(p, PackedTensor):
@@ -144,7 +155,7 @@ def _kept(ctx: Any) -> tuple[Tensor, Operand, Operand]:
     noise, *saved = ctx.saved_tensors
     parts = list(saved)  # torch 2.11 compiles the star to a tuple
     found: list[Operand] = []
-    for packed in ctx.kept:
+    for role, packed in zip(("wgrad.rhs", "dgrad.rhs"), ctx.kept, strict=True):
         if packed is None:
             found.append(parts.pop(0))
         elif isinstance(packed[1], int):
@@ -153,10 +164,18 @@ def _kept(ctx: Any) -> tuple[Tensor, Operand, Operand]:
         else:
             (spec, shape), (codes, scale, zero_point, outer) = packed, parts[:4]
             stored = PackedTensor(codes, scale, spec, shape, zero_point, outer)
-            fast = ctx.plan.recipe.save is Save.OPERANDS and ctx.plan.observer is None
-            found.append((unpack_operand(stored, ctx.plan.dtype) if fast else None) or stored.unpack())
+            found.append(_unpacked(stored, role, ctx.plan) or stored.unpack())
             parts = parts[4:]
     return noise, found[0], found[1]
+
+
+def _unpacked(stored: PackedTensor, role: str, plan: Plan) -> Decoded | None:
+    """Codes as the GEMM of a role multiplies them, or as what it quantizes anew; None where no kernel decodes them."""
+    if plan.observer is not None:
+        return None
+    if plan.recipe.save is Save.OPERANDS:
+        return unpack_operand(stored, plan.dtype)
+    return decode_operand(stored, plan.dtype if plan.spec(role) is None else torch.float32, whole=True)
 
 
 # --- backward -------------------------------------------------------------------------------------------------------
@@ -180,7 +199,9 @@ def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
 
 
 def _original(x: Operand) -> Tensor:
-    """What was saved, as numbers."""
+    """What was saved, as numbers; decoded ones are in the dtype that is wanted."""
+    if isinstance(x, Decoded) and x.outer is None:
+        return x.inner
     return x if isinstance(x, Tensor) else x.dequantize()
 
 
@@ -224,10 +245,13 @@ def _by_kernel(
     kernel: Callable[..., _Found | None], x: Tensor, spec: QuantSpec, plan: Plan, role: str, noise: Tensor
 ) -> _Found | None:
     """What a kernel makes of an operand; None where it does not know how, or more than that is wanted."""
-    if plan.observer is not None or plan.recipe.save is Save.QUANTIZED:
+    if plan.observer is not None:
         return None
-    arguments = (plan.dtype,) if kernel is quantize_operand else ()
-    return kernel(x, spec, noise, 1 + 2 * ROLES.index(role), *arguments)
+    options: dict[str, Any] = {}
+    if kernel is quantize_operand:
+        keeps = plan.recipe.save is Save.QUANTIZED and plan.trains and role in ("fprop.lhs", "fprop.rhs")
+        options = {"dtype": plan.dtype, "codes": keeps}
+    return kernel(x, spec, noise, 1 + 2 * ROLES.index(role), **options)
 
 
 def _operand(x: Tensor, role: str, plan: Plan, noise: Tensor) -> Tensor | QTensor | Any:
