@@ -6,6 +6,7 @@ from lowbits.kernels._c_compiler import library as c_library
 from lowbits.kernels._coded import Coded, illegal_on_hardware
 from lowbits.kernels._each import quantize_each
 from lowbits.kernels._gemm import Execution, Operand, scaled_mm
+from lowbits.kernels._memory import pack_memory, unpack_memory
 from lowbits.kernels._operators import as_dtype
 from lowbits.kernels._rows import quantize_both
 from lowbits.kernels._units import missing_unit
@@ -19,10 +20,12 @@ __all__ = [
     "c_library",
     "illegal_on_hardware",
     "missing_unit",
+    "pack_memory",
     "pack_operand",
     "quantize_both",
     "quantize_each",
     "quantize_operand",
     "scaled_mm",
+    "unpack_memory",
     "unpack_operand",
 ]
