@@ -5,7 +5,7 @@
 without contraction). One launch each way: a program finds the magnitudes of its groups in what it has read.
 
     x, y        N elements, contiguous
-    codes       N bytes: int8, or an FP8
+    codes       N int8; -128 is an infinity below zero, as masks have it
     scale       float32, one a group
 """
 
@@ -33,8 +33,11 @@ def quantize(
 ):  # fmt: skip
     group, at, inside = _places(N, SIZE, GROUPS)
     v = tl.load(x + at, inside, 0.0).to(tl.float32)
+    infinite = v == float("-inf")
+    v = tl.where(infinite, 0.0, v)
     of_group, by = _scales(tl.max(_bits(v), 1), HIGH, FLOOR, TOP, RULE)
-    tl.store(codes + at, _codes(v, by[:, None], HIGH, M, LOWEST, RULE, codes.dtype.element_ty), inside)
+    code = _codes(v, by[:, None], HIGH, M, LOWEST, RULE, codes.dtype.element_ty)
+    tl.store(codes + at, tl.where(infinite, -128, code).to(tl.int8), inside)
     tl.store(scale + group, of_group, group * SIZE < N)
 
 
@@ -42,7 +45,8 @@ def quantize(
 def decode(codes, scale, y, N, SIZE: tl.constexpr, GROUPS: tl.constexpr):
     group, at, inside = _places(N, SIZE, GROUPS)
     by = tl.load(scale + group, group * SIZE < N, 0.0)
-    value = tl.load(codes + at, inside, 0.0).to(tl.float32) * by[:, None]
+    code = tl.load(codes + at, inside, 0)
+    value = tl.where(code == -128, float("-inf"), code.to(tl.float32) * by[:, None])
     if y.dtype.element_ty == tl.bfloat16:
         tl.store(y + at, _to_bfloat16(value), inside)
     else:

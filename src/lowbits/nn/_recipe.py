@@ -24,8 +24,9 @@ from typing import NamedTuple
 import torch
 
 from lowbits.errors import NativeError, SpecError
+from lowbits.formats import IntFormat
 from lowbits.kernels import Execution, illegal_on_hardware, missing_unit
-from lowbits.quantizers import PerBlock, QuantSpec, Rounding
+from lowbits.quantizers import Amax, PerBlock, PowerOfTwo, QuantSpec, ReciprocalAmax, Rounding
 
 GEMMS = ("fprop", "dgrad", "wgrad")
 
@@ -224,11 +225,15 @@ class Recipe:
 
 
 def _check_saved(spec: QuantSpec | None) -> None:
-    """What waits has any shape, and nothing is drawn for it."""
+    """What waits has any shape, may hold infinities below zero (masks), and nothing is drawn for it."""
     if spec is None:
         return
-    if not isinstance(spec.granularity, PerBlock) or spec.rounding is not Rounding.NEAREST or spec.transform:
+    fmt, plain = spec.format, spec.rounding is Rounding.NEAREST and spec.transform is None
+    free = isinstance(fmt, IntFormat) and fmt.signed and fmt.lowest and fmt.has_zero
+    symmetric = isinstance(spec.scale, Amax | PowerOfTwo | ReciprocalAmax)
+    if not (isinstance(spec.granularity, PerBlock) and plain and free and symmetric):
         raise SpecError(
-            f"saved_activations={spec}: tensors of any shape are stored, rounded to nearest. Take a scale for so many "
-            "elements of memory, QuantSpec(INT8, PerBlock(128)), without a transform."
+            f"saved_activations={spec}: tensors of any shape, masks among them, are kept in signed integers with a "
+            "lowest code to spare, a symmetric scale for so many elements of memory, rounded to nearest. Take "
+            "QuantSpec(INT8, PerBlock(128))."
         )

@@ -8,7 +8,7 @@ dtype, shape and strides. They are in force while the module runs that holds the
 gradients of the loss are those of exact logits.
 
 Kept as they are: parameters, buffers, and weights that autocast has cast; what is no float; and what has less than an
-eighth of the elements of the residual stream, as attention's log-sum-exps and the tables of rotary embeddings have.
+eighth of the elements of the residual stream, as attention's log-sum-exps and most tables of rotary embeddings have.
 
 Autograd does not watch saved tensors that go through hooks. Codes hold what was saved, whatever becomes of the tensor;
 one kept as it is and changed in place is refused in the backward pass, as it would be without hooks.
@@ -243,7 +243,7 @@ def _end() -> None:
 
 
 @contextmanager
-def listening(listener: Callable[[Tensor], object]) -> Iterator[None]:
+def listening_to_saved(listener: Callable[[Tensor], object]) -> Iterator[None]:
     """Call something with every tensor that is kept for backward where `saved_activations` says how.
 
     Other hooks on saved tensors do not see them.
