@@ -101,6 +101,8 @@ class _Pass:
         self.holder, self.spec, self.width, self.frame, self.on = holder, spec, width, frame, True
         own = (*holder.parameters(), *holder.buffers())
         self.known = {t.untyped_storage().data_ptr() for t in own if type(t) in (Tensor, nn.Parameter)}
+        # Autocast's copies of frozen weights have nothing but their shape to be known by.
+        self.frozen = {p.shape for p in holder.parameters() if p.ndim == 2 and not p.requires_grad}
         self.residual = 0  # elements of the residual stream, once it has been seen
         # The codes of a stretch of memory. A storage to which there is a weak reference has an address of its own.
         self.found: dict[tuple[Any, ...], tuple[StorageWeakRef, PackedTensor]] = {}
@@ -119,7 +121,8 @@ class _Pass:
     def _wanted(self, x: Tensor) -> bool:
         if not self.on or type(x) is not Tensor or x.dtype not in _DTYPES or x.ndim == 0:
             return False
-        if x.untyped_storage().data_ptr() in self.known or _of_weight(x):
+        cast = x.grad_fn is None and x.ndim == 2 and not self.frozen.isdisjoint((x.shape, x.shape[::-1]))
+        if x.untyped_storage().data_ptr() in self.known or cast or _of_weight(x):
             return False
         if x.shape[-1] == self.width:
             self.residual = max(self.residual, x.numel())
