@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hold the kernels of memory to the definition, bit for bit; a program, as `tests.kernels.rows` is.
 
-    TRITON_INTERPRET=1 python -m tests.kernels.memory
-    python -m tests.kernels.memory            # on CUDA
+TRITON_INTERPRET=1 python -m tests.kernels.memory
+python -m tests.kernels.memory            # on CUDA
 """
 
 from __future__ import annotations

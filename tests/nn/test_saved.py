@@ -150,7 +150,8 @@ def views() -> dict[str, Tensor]:
     whole = torch.randn(8, 6, WIDTH)
     return {
         "contiguous": whole, "turned": whole.transpose(0, 1), "one element": torch.randn(1, 48, WIDTH).transpose(0, 1),
-        "gaps": torch.randn(8, 6, 3 * WIDTH)[..., WIDTH : 2 * WIDTH], "expanded": torch.randn(1, 6, WIDTH).expand(8, -1, -1),
+        "gaps": torch.randn(8, 6, 3 * WIDTH)[..., WIDTH : 2 * WIDTH],
+        "expanded": torch.randn(1, 6, WIDTH).expand(8, -1, -1),
         "behind": torch.randn(9, 6, WIDTH)[1:],
     }  # fmt: skip
 
@@ -374,15 +375,18 @@ def test_weights_stay_as_they_are() -> None:
 # --- compilers and checkpoints --------------------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own
-@pytest.mark.parametrize("whole", [False, True])
-def test_compiled_models_keep_codes(whole: bool, compile_backend: str) -> None:
+@pytest.mark.filterwarnings("ignore")  # of torch, from inside dynamo
+@pytest.mark.parametrize(
+    ("whole", "backend"),
+    [(False, "aot_eager"), (True, "aot_eager"), pytest.param(False, "inductor", marks=pytest.mark.slow)],
+)
+def test_compiled_models_keep_codes(whole: bool, backend: str, compile_backend: str) -> None:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     model, plain = llama(named("w8a8_saved8")), llama(named("w8a8"))
     exact = gradients(plain)
     for part in [model] if whole else model.model.layers:
-        part.compile(backend=compile_backend, dynamic=False)
+        part.compile(backend=compile_backend if backend == "inductor" else backend, dynamic=False)
     kept: list[Tensor] = []
     with listening_to_saved(kept.append):
         found = gradients(model)

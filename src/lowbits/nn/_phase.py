@@ -131,8 +131,9 @@ def check_phases(phases: Sequence[Phase], steps: int) -> None:
 def during(recipe: Recipe, forward: bool, backward: bool) -> Recipe:
     """Return what a layer computes in a phase: its recipe without the operands of the passes that are off.
 
-    What waits for backward follows: activations are saved in few bits while backward is quantized; codes of what fprop multiplied need both passes, else backward would see quantized
-    operands where it should not, or none would be there.
+    What waits for backward follows: activations are saved in few bits while backward is quantized, and codes of what
+    fprop multiplied need both passes, else backward would see quantized operands where it should not, or none would be
+    there.
 
     Args:
         recipe: of the layer.

@@ -9,10 +9,10 @@
     v  Adam's second moment      v8_channel: INT8, signed, as published; v8_channel_no_zero: codes 1..255
 
 All are the reference's placement: backward GEMMs see the original operands. `_faithful` ones are operand-faithful:
-backward sees what fprop multiplied, kept as codes. `w8a8_saved8` is `w8a8` with all that waits for the backward pass of
-the blocks in INT8, one scale for 128 elements of memory; it takes less memory than codes of linear layers' inputs alone,
-since norms, attention and activation functions keep more than those. Scales have no floor; the published one hides small gradients and
-second moments (`Amax(floor=...)` brings it back).
+backward sees what fprop multiplied, kept as codes. `w8a8_saved8` keeps all that waits for the backward pass of the
+blocks in INT8, one scale for 128 elements of memory: norms, attention and activation functions keep more than linear
+layers. Scales have no floor; the published one hides small gradients and second moments (`Amax(floor=...)` brings it
+back).
 """
 
 from __future__ import annotations
