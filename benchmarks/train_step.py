@@ -42,7 +42,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 from lowbits.nn import convert_, set_step_, weights_quantized_once
 from lowbits.recipes import named
 
-ARMS = ("fp8_rowwise", "fp8_tensorwise", "fp8_block", "int8_rowwise", "nvfp4", "w8a8_faithful")
+ARMS = ("fp8_rowwise", "fp8_tensorwise", "fp8_block", "int8_rowwise", "nvfp4", "w8a8_faithful", "w8a8_saved8")
 SHAPE_ARMS = ("fp8_rowwise", "int8_rowwise", "nvfp4")
 COMPILED = {"compiled": None, "graphs": "reduce-overhead"}
 """Modes that compile blocks, and what torch calls them; CUDA graphs take the host out of the time."""
@@ -308,7 +308,7 @@ def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
     options.widths = options.widths or (["2048", "4096"] if cuda else ["256"])
     options.shapes = options.shapes or ([name for name in SHAPES if name != "tiny"] if cuda else ["tiny"])
     default = SHAPE_ARMS if options.table == "shapes" else ARMS
-    options.arms = options.arms or (default if cuda else ("int8_rowwise", "nvfp4", "w8a8_faithful"))
+    options.arms = options.arms or (default if cuda else ("int8_rowwise", "nvfp4", "w8a8_faithful", "w8a8_saved8"))
     options.modes = options.modes or ["compiled" if cuda else "eager"]
     options.batch = options.batch or (8 if cuda else 1)
     options.warm_up = options.warm_up if options.warm_up is not None else 4 if cuda else 1

@@ -24,25 +24,29 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lowbits import optim
+from lowbits.formats import INT8
 from lowbits.kernels import (
     Coded,
     _blocks,
     _each,
     _matmul,
+    _memory,
     _row_operands,
     _rows,
     decode_operand,
+    pack_memory,
     pack_operand,
     quantize_both,
     quantize_each,
     quantize_operand,
     scaled_mm,
+    unpack_memory,
     unpack_operand,
 )
 from lowbits.methods.geta import Quantizer, Slope, _launch
 from lowbits.nn import Grid, StepInit, quantize_parameter
 from lowbits.optim import GlobalNorm, _launched, _signature
-from lowbits.quantizers import Noise, Rounding
+from lowbits.quantizers import Noise, PerBlock, QuantSpec, Rounding
 from lowbits.recipes import named
 
 TARGET = GPUTarget("cuda", 90, 32)
@@ -118,7 +122,7 @@ def compiling() -> Iterator[set[str]]:
         stack.enter_context(patch.object(JITFunction, "__getitem__", launcher))
         for module, name in (
             (_blocks, "launches"), (_row_operands, "launches"), (_rows, "launches"), (_each, "launches"),
-            (_matmul, "launches"),
+            (_matmul, "launches"), (_memory, "launches"),
             (_launched, "usable"), (_signature, "usable"), (_launch, "launchable"),
         ):  # fmt: skip
             stack.enter_context(patch.object(module, name, lambda *_: True))
@@ -173,6 +177,11 @@ def operands_with_scales_of_rows() -> None:
                     assert decode_operand(made.packed, to, whole=whole) is not None
 
 
+def memory() -> None:
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        unpack_memory(pack_memory(torch.randn(1000).to(dtype), QuantSpec(INT8, PerBlock(128))), dtype)
+
+
 def optimizers() -> None:
     def step(optimizer: type, start: Any, dtype: torch.dtype = torch.float32, **options: Any) -> None:
         params = [nn.Parameter(start(torch.randn(64, 128)).to(dtype)) for _ in range(2)]
@@ -207,7 +216,7 @@ def learned_steps() -> None:
 
 def main() -> None:
     with compiling() as seen:
-        for what in (block_formats, rows_and_codes, operands_with_scales_of_rows, optimizers, learned_steps):
+        for what in (block_formats, rows_and_codes, operands_with_scales_of_rows, memory, optimizers, learned_steps):
             before = len(seen)
             what()
             print(f"{what.__name__}: {len(seen) - before} kernels")

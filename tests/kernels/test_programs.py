@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PROGRAMS = pytest.mark.parametrize("program", ["blocks", "rows"])
+PROGRAMS = pytest.mark.parametrize("program", ["blocks", "memory", "rows"])
 
 
 def run(program: str, **environment: str) -> str:

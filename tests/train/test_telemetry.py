@@ -96,9 +96,10 @@ def test_the_numbers_are_those_of_what_was_multiplied(monkeypatch: pytest.Monkey
         {"recipe": STOCHASTIC},
         {"recipe": "nvfp4"},
         {"recipe": "w8a8_faithful", "accumulation": 1},
+        {"recipe": "w8a8_saved8"},
         {"recipe": "int8_rowwise", "split_qkv": True},
     ],
-    ids=["stochastic", "nvfp4", "faithful", "split"],
+    ids=["stochastic", "nvfp4", "faithful", "saved", "split"],
 )
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
 def test_sampling_every_step_changes_no_bit(

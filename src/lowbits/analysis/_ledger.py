@@ -106,7 +106,7 @@ def predict_memory(
         accumulation: micro-batches in a step.
         updating: the optimizer; default: AdamW, moments as the recipes say, after backward.
     Raises:
-        SpecError: another architecture, or dropout.
+        SpecError: another architecture, dropout, or a recipe with `saved_activations`.
     """
     updating = updating or Updating()
     states, temporaries = _states(model, updating.optimizer)
@@ -226,6 +226,11 @@ def _check(model: PreTrainedModel) -> None:
         raise SpecError(
             "predict_memory knows layers of float weights, and some of this model are codes; `measure_memory` counts "
             "them."
+        )
+    if any(layer.recipe.saved_activations is not None for layer in quantized_layers(model).values()):
+        raise SpecError(
+            "predict_memory has no rule for saved_activations, which keep in few bits whatever autograd saves; "
+            "`measure_memory` counts them."
         )
     if config.model_type not in _ARCHITECTURES:
         known = ", ".join(_ARCHITECTURES)

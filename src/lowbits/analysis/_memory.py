@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbits.analysis._stored import stored_bytes
-from lowbits.nn import QuantizedLayer, Save, quantized_layers
+from lowbits.nn import QuantizedLayer, Save, listening_to_saved, quantized_layers
 
 Batch = TypeVar("Batch")
 
@@ -138,7 +138,8 @@ def _saved_bytes(model: nn.Module, loss: Callable[[nn.Module, Batch], Tensor], b
                 kept.savers[running[-1] if running else ""] = tuple(tensor.shape)
         return tensor
 
-    with _tracking(layers, running), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with _tracking(layers, running), hooks, listening_to_saved(pack):
         value = loss(model, batch)
     total = sum(kept.nbytes for kept in storages.values())
     few = sum(_in_few_bits(kept, layers) for kept in storages.values())
@@ -151,7 +152,8 @@ def _in_few_bits(kept: _Storage, layers: dict[str, QuantizedLayer]) -> int:
     codes, others = 0, False
     for name, shape in kept.savers.items():
         recipe = layers[name].active if name else None
-        if recipe is None or recipe.fprop.lhs is None or recipe.save is Save.QUANTIZED:
+        in_codes = recipe is not None and (recipe.save is Save.QUANTIZED or recipe.saved_activations is not None)
+        if recipe is None or recipe.fprop.lhs is None or in_codes:
             others = True
         else:
             codes += stored_bytes((math.prod(shape[:-1]), shape[-1]), recipe.fprop.lhs)

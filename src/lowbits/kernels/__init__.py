@@ -7,6 +7,7 @@ from lowbits.kernels._coded import Coded, illegal_on_hardware
 from lowbits.kernels._decoded import Decoded
 from lowbits.kernels._each import quantize_each
 from lowbits.kernels._gemm import Execution, Operand, scaled_mm
+from lowbits.kernels._memory import pack_memory, unpack_memory
 from lowbits.kernels._operators import as_dtype
 from lowbits.kernels._row_operands import decode_operand
 from lowbits.kernels._rows import quantize_both
@@ -22,10 +23,12 @@ __all__ = [
     "decode_operand",
     "illegal_on_hardware",
     "missing_unit",
+    "pack_memory",
     "pack_operand",
     "quantize_both",
     "quantize_each",
     "quantize_operand",
     "scaled_mm",
+    "unpack_memory",
     "unpack_operand",
 ]

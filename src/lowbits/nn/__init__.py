@@ -11,6 +11,7 @@ from lowbits.nn._linear import QuantizedConv1D, QuantizedLayer, QuantizedLinear
 from lowbits.nn._phase import Phase, check_phases, phase_at
 from lowbits.nn._qparameter import QParameter
 from lowbits.nn._recipe import Gemm, Recipe, Save
+from lowbits.nn._saved import listening_to_saved
 from lowbits.nn._steps_of_weights import StepInit, StepRule, normal_parameter, normal_values, quantize_parameter
 from lowbits.nn._sub_norm import sub_norm_
 from lowbits.nn._weight_copies import weights_quantized_once
@@ -41,6 +42,7 @@ __all__ = [
     "convert_",
     "grid_linear_",
     "high_precision",
+    "listening_to_saved",
     "moved",
     "normal_parameter",
     "normal_values",

@@ -38,6 +38,22 @@ def blocks(model: nn.Module) -> list[str]:
     return max((row for row in rows if len(row) > 1), key=len, default=[])
 
 
+def holders(model: nn.Module) -> list[nn.Module]:
+    """Return the modules whose forward passes run the stacks of blocks; the model itself where it has no blocks.
+
+    Args:
+        model: any.
+    """
+    modules = dict(model.named_modules())
+    found: list[nn.Module] = []
+    for name, module in _containers("", model):
+        if _stack(name, module):
+            while name and isinstance(modules[name], nn.ModuleList | nn.ModuleDict):  # which run nothing
+                name = name.rpartition(".")[0]
+            found += [modules[name]] if modules[name] not in found else []
+    return found or [model]
+
+
 def _containers(name: str, module: nn.Module, whole: bool = False) -> Iterator[tuple[str, nn.Module]]:
     """Numbered containers; what is inside a stack is looked into only if `whole`."""
     numbered = isinstance(module, nn.ModuleDict) and all(key.isdigit() for key in module)

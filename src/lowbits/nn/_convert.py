@@ -17,8 +17,9 @@ from lowbits.nn._gemms import ROLES
 from lowbits.nn._keep import Keep
 from lowbits.nn._linear import QuantizedConv1D, QuantizedLayer, QuantizedLinear, switch_
 from lowbits.nn._recipe import Recipe
+from lowbits.nn._saved import keep_in_few_bits_
 from lowbits.nn._weight_view import WeightView
-from lowbits.quantizers import Noise
+from lowbits.quantizers import Noise, QuantSpec
 
 Choose = Callable[[str, nn.Module], Recipe | None]
 
@@ -76,7 +77,8 @@ def convert_(
     Returns:
         The `Conversion`.
     Raises:
-        ConversionError: nothing was converted, or a part of `keep` matches nothing.
+        ConversionError: nothing was converted, a part of `keep` matches nothing, or `saved_activations` of two layers
+            differ.
         ShapeError: `grad_parts` does not divide a layer's size; names the layer. Nothing has been converted then.
     """
     kept = keep.layers(model) if keep else {}
@@ -90,6 +92,7 @@ def convert_(
         raise ConversionError(
             f"{type(model).__name__}: none of its {len(linear)} linear layers was converted. {remedy}"
         )
+    _check_saved({name: recipe for name, (_, recipe) in chosen.items()})
     for name, (module, recipe) in chosen.items():
         _check_sizes(name, module, recipe)
     for name, (module, recipe) in chosen.items():
@@ -97,6 +100,7 @@ def convert_(
     for name, layer in quantized_layers(model).items():
         if name in kept:
             layer.recipe = Recipe()
+    keep_in_few_bits_(model, _head(model))
     result = Conversion(
         {name: (recipe, *_sizes(module)) for name, (module, recipe) in chosen.items()},
         _with_own_forward(model) | {name: why for name, why in decided.items() if isinstance(why, str)},
@@ -217,6 +221,20 @@ def _convert_layer(name: str, module: nn.Module, recipe: Recipe, seed: int) -> N
     module.register_buffer("noise", noise, persistent=False)
     if "weight_fn" not in module._modules:
         module.register_module("weight_fn", None)
+
+
+def _check_saved(recipes: dict[str, Recipe]) -> None:
+    """Refuse two ways of keeping what lies between layers."""
+    first: dict[QuantSpec, str] = {}
+    for name, recipe in recipes.items():
+        if recipe.saved_activations is not None:
+            first.setdefault(recipe.saved_activations, name)
+    if len(first) > 1:
+        (one, of_one), (two, of_two) = list(first.items())[:2]
+        raise ConversionError(
+            f"saved_activations is `{one}` for {of_one} and `{two}` for {of_two}: what lies between layers is kept in "
+            "one way. Choose one of them, or None."
+        )
 
 
 def _check_sizes(name: str, module: nn.Module, recipe: Recipe) -> None:

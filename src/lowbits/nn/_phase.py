@@ -131,8 +131,9 @@ def check_phases(phases: Sequence[Phase], steps: int) -> None:
 def during(recipe: Recipe, forward: bool, backward: bool) -> Recipe:
     """Return what a layer computes in a phase: its recipe without the operands of the passes that are off.
 
-    What waits for backward follows: codes of what fprop multiplied need both passes, else backward would see quantized
-    operands where it should not, or none would be there.
+    What waits for backward follows: activations are saved in few bits while backward is quantized, and codes of what
+    fprop multiplied need both passes, else backward would see quantized operands where it should not, or none would be
+    there.
 
     Args:
         recipe: of the layer.
@@ -144,9 +145,12 @@ def during(recipe: Recipe, forward: bool, backward: bool) -> Recipe:
     save = Save.ORIGINAL if recipe.save is Save.QUANTIZED or not backward else recipe.save
     fprop = recipe.fprop if forward else Gemm()
     dgrad, wgrad = (recipe.dgrad, recipe.wgrad) if backward else (Gemm(), Gemm())
+    saved = recipe.saved_activations if backward else None
     # Native execution of nothing is refused.
     execution = recipe.execution if any((*fprop, *dgrad, *wgrad)) else Execution.SIMULATED
-    return replace(recipe, fprop=fprop, dgrad=dgrad, wgrad=wgrad, save=save, execution=execution)
+    return replace(
+        recipe, fprop=fprop, dgrad=dgrad, wgrad=wgrad, save=save, saved_activations=saved, execution=execution
+    )
 
 
 def _read_switches(text: str, switches: str) -> dict[str, bool]:

@@ -24,8 +24,9 @@ from typing import NamedTuple
 import torch
 
 from lowbits.errors import NativeError, SpecError
+from lowbits.formats import IntFormat
 from lowbits.kernels import Execution, illegal_on_hardware, missing_unit
-from lowbits.quantizers import QuantSpec, Rounding
+from lowbits.quantizers import Amax, PerBlock, PowerOfTwo, QuantSpec, ReciprocalAmax, Rounding
 
 GEMMS = ("fprop", "dgrad", "wgrad")
 
@@ -64,6 +65,10 @@ class Recipe:
             projection, whose parts have very different ranges.
         first_moment: how the optimizer stores the first moment of the layer's weight; None is float32.
         second_moment: likewise the second moment.
+        saved_activations: how everything else is stored that autograd keeps for the backward pass of the blocks, beside
+            codes: inputs of norms, of attention, of activation functions, and of this layer where `save` says ORIGINAL.
+            A scale for so many elements together in memory (`PerBlock`), the same for all layers of a model; backward
+            sees these numbers. None keeps them as they are.
         fast_accumulation: GEMMs by name whose FP8 sums a GPU may keep in its units, in 14 bits on Hopper, instead of
             adding them up in float32: faster, and a few times further from the exact sum. Simulated sums are float32.
         execution: simulated on any device; native, which is refused where scales or hardware do not allow it; or auto,
@@ -80,6 +85,7 @@ class Recipe:
     grad_parts: int = 1
     first_moment: QuantSpec | None = None
     second_moment: QuantSpec | None = None
+    saved_activations: QuantSpec | None = None
     fast_accumulation: tuple[str, ...] = ()
     execution: Execution = Execution.SIMULATED
     _legal: tuple[bool, ...] = field(init=False, repr=False, compare=False)
@@ -95,6 +101,7 @@ class Recipe:
             raise SpecError(
                 f"fast_accumulation={self.fast_accumulation}: {unknown.pop()} is none of {', '.join(GEMMS)}."
             )
+        _check_saved(self.saved_activations)
         if self.execution is Execution.NATIVE:
             self._check_native()
         # Computed now: asking anew in every forward pass would cost as much as a launch.
@@ -185,7 +192,8 @@ class Recipe:
         out: dict[str, object] = {}
         for one in fields(self):
             value = getattr(self, one.name) if one.init else ()
-            if value == ():  # runs from before a field was there go on
+            late = value is None and one.name == "saved_activations"
+            if value == () or late:  # runs from before a field was there go on
                 continue
             if isinstance(value, Gemm):
                 value = {side: None if spec is None else str(spec) for side, spec in value._asdict().items()}
@@ -205,6 +213,8 @@ class Recipe:
             words.append(f"moments {self.first_moment or 'float32'}, {self.second_moment or 'float32'}")
         if self.save is not Save.ORIGINAL:
             words.append(f"saves {'codes' if self.save is Save.QUANTIZED else 'codes of X for wgrad'}")
+        if self.saved_activations is not None:
+            words.append(f"what else waits for backward {self.saved_activations}")
         if self.grad_parts > 1:
             words.append(f"G in {self.grad_parts} parts")
         if self.fast_accumulation:
@@ -212,3 +222,18 @@ class Recipe:
         if not self.plain:
             words.append(self.execution.value)
         return "; ".join(words) or "high precision"
+
+
+def _check_saved(spec: QuantSpec | None) -> None:
+    """What waits has any shape, may hold infinities below zero (masks), and nothing is drawn for it."""
+    if spec is None:
+        return
+    fmt, plain = spec.format, spec.rounding is Rounding.NEAREST and spec.transform is None
+    free = isinstance(fmt, IntFormat) and fmt.signed and fmt.lowest and fmt.has_zero
+    symmetric = isinstance(spec.scale, Amax | PowerOfTwo | ReciprocalAmax)
+    if not (isinstance(spec.granularity, PerBlock) and plain and free and symmetric):
+        raise SpecError(
+            f"saved_activations={spec}: tensors of any shape, masks among them, are kept in signed integers with a "
+            "lowest code to spare, a symmetric scale for so many elements of memory, rounded to nearest. Take "
+            "QuantSpec(INT8, PerBlock(128))."
+        )

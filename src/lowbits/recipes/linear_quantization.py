@@ -9,8 +9,10 @@
     v  Adam's second moment      v8_channel: INT8, signed, as published; v8_channel_no_zero: codes 1..255
 
 All are the reference's placement: backward GEMMs see the original operands. `_faithful` ones are operand-faithful:
-backward sees what fprop multiplied, kept as codes. Scales have no floor; the published one hides small gradients and
-second moments (`Amax(floor=...)` brings it back).
+backward sees what fprop multiplied, kept as codes. `w8a8_saved8` keeps all that waits for the backward pass of the
+blocks in INT8, one scale for 128 elements of memory: norms, attention and activation functions keep more than linear
+layers. Scales have no floor; the published one hides small gradients and second moments (`Amax(floor=...)` brings it
+back).
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from dataclasses import replace
 
 from lowbits.formats import INT4, INT8, UINT8_NO_ZERO, IntFormat
 from lowbits.nn import Gemm, Recipe, Save
-from lowbits.quantizers import Granularity, PerColumn, PerRow, PerTensor, QuantSpec, StudyAsymmetric
+from lowbits.quantizers import Granularity, PerBlock, PerColumn, PerRow, PerTensor, QuantSpec, StudyAsymmetric
 
 _FORMATS = {8: INT8, 4: INT4}
 _WEIGHT: dict[str, Granularity] = {"tensor": PerTensor(), "channel": PerRow()}
@@ -65,6 +67,7 @@ RECIPES: dict[str, Recipe] = {
     "w8a8": W8A8,
     "w8a8g8": W8A8G8,
     "w8a8_faithful": replace(W8A8, save=Save.QUANTIZED),
+    "w8a8_saved8": replace(W8A8, saved_activations=QuantSpec(INT8, PerBlock(128))),
     "w8a8g8_faithful": replace(W8A8G8, save=Save.QUANTIZED),
     "w4a4": Recipe(fprop=Gemm(QuantSpec(INT4, PerRow()), QuantSpec(INT4, PerRow()))),
 }
