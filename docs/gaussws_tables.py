@@ -93,7 +93,8 @@ def lm_gpu(name: str) -> str:
     if told is None or not told["costs"]:
         return ABSENT
     run = told["run"]
-    words = f"{run['steps']} steps of {run['batch'] * run['length']:,} tokens of GPT-2's tokenizer; casts as above. "
+    size, vocabulary = run["batch"] * run["length"], run["vocabulary"]
+    words = f"{run['steps']} steps of {size:,} tokens, of {vocabulary:,} different ones; casts as above. "
     return f"{losses(told['costs'])}\n{words}{origin(told)}\n"
 
 

@@ -174,8 +174,11 @@ def step_checks(width: str, faster: dict[str, float], slower: dict[str, float]) 
         (f"{arm}, width {width}: tokens/s over bf16", of[arm]["over_bf16"], ">=", limit)
         for arm, limit in faster.items() if arm in of
     ]  # fmt: skip
-    for better, than in (("fp8_rowwise", "torchao fp8 tensorwise"), ("fp8_tensorwise", "fp8_rowwise")):
-        if better in of and than in of:
+    for better, than in (
+        ("fp8_rowwise", "torchao fp8 tensorwise"), ("fp8_rowwise_fast", "torchao fp8 tensorwise"),
+        ("fp8_tensorwise", "fp8_rowwise"),
+    ):  # fmt: skip
+        if better in of and than in of and of[better]["run"] == of[than]["run"]:
             what = f"{better}, width {width}: tokens/s over bf16, beside {than}"
             found.append((what, of[better]["over_bf16"], ">=", of[than]["over_bf16"]))
     for arm, limit in slower.items():

@@ -17,7 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from lowbits.analysis import measure_memory, predict_memory
 from lowbits.errors import ConversionError, SpecError
 from lowbits.formats import E4M3, INT4, INT8, UINT8
-from lowbits.nn import Keep, Recipe, _saved, convert_, high_precision, listening_to_saved, set_phase_
+from lowbits.methods import Position
+from lowbits.methods.gaussws import GaussWS
+from lowbits.nn import Keep, QuantizedLinear, Recipe, _saved, convert_, high_precision, listening_to_saved, set_phase_
 from lowbits.quantizers import Asymmetric, PerBlock, PerRow, QuantSpec, Rounding
 from lowbits.recipes import named
 
@@ -373,6 +375,18 @@ def test_weights_stay_as_they_are() -> None:
 
 
 # --- compilers and checkpoints --------------------------------------------------------------------------------------
+
+
+def test_weights_with_noise_stay_as_they_are() -> None:
+    model = llama(ALONE)
+    GaussWS().prepare_(model, 0)
+    GaussWS().before_forward_(model, Position(0, 1, 0))
+    kept: list[Tensor] = []
+    with listening_to_saved(kept.append):
+        loss_of(model)
+    shapes = {layer.weight.shape for layer in model.modules() if isinstance(layer, QuantizedLinear)}
+    whole = [t for t in kept if t.is_floating_point() and {t.shape, t.shape[::-1]} & shapes]
+    assert len(whole) >= 14  # of two blocks of seven layers
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch, from inside dynamo

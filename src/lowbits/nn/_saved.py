@@ -7,8 +7,9 @@ compiled blocks too, outside of their graphs. Here a large one is kept as codes 
 dtype, shape and strides. They are in force while the module runs that holds the blocks, until the output head begins:
 gradients of the loss are those of exact logits.
 
-Kept as they are: parameters, buffers, and weights that autocast has cast; what is no float; and what has less than an
-eighth of the elements of the residual stream, as attention's log-sum-exps and most tables of rotary embeddings have.
+Kept as they are: parameters, buffers, weights that autocast has cast or that a method shows the layer; what is no
+float; and what has less than an eighth of the elements of the residual stream, as attention's log-sum-exps and most
+tables of rotary embeddings have.
 
 Autograd does not watch saved tensors that go through hooks. Codes hold what was saved, whatever becomes of the tensor;
 one kept as it is and changed in place is refused in the backward pass, as it would be without hooks.
@@ -36,7 +37,7 @@ from lowbits.quantizers import PackedTensor, QuantSpec
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _SHARE = 8  # a tensor with fewer elements than the residual stream over this is kept as it is
-_MOVES = ("ToCopyBackward0", "TBackward0", "TransposeBackward0", "PermuteBackward0", "ViewBackward0", "AliasBackward0")
+_NODES = 24  # of a graph, at most, between a parameter and a weight that is seen through something
 
 
 class _Whole(NamedTuple):
@@ -101,8 +102,12 @@ class _Pass:
         self.holder, self.spec, self.width, self.frame, self.on = holder, spec, width, frame, True
         own = (*holder.parameters(), *holder.buffers())
         self.known = {t.untyped_storage().data_ptr() for t in own if type(t) in (Tensor, nn.Parameter)}
-        # Autocast's copies of frozen weights have nothing but their shape to be known by.
-        self.frozen = {p.shape for p in holder.parameters() if p.ndim == 2 and not p.requires_grad}
+        sizes = {p.numel() for p in holder.parameters()}
+        self.sizes = sizes | {layer.weight.numel() for layer in _layers(holder)}
+        # Where no graph says it (frozen weights, compiled blocks), a weight has only its shape to be known by.
+        seen = [layer.weight for layer in _layers(holder) if layer.weight_fn is not None or hasattr(layer, "_viewed")]
+        frozen = [p for p in holder.parameters() if p.ndim == 2 and not p.requires_grad]
+        self.weights = {p.shape for p in (*seen, *frozen)}
         self.residual = 0  # elements of the residual stream, once it has been seen
         # The codes of a stretch of memory. A storage to which there is a weak reference has an address of its own.
         self.found: dict[tuple[Any, ...], tuple[StorageWeakRef, PackedTensor]] = {}
@@ -121,8 +126,9 @@ class _Pass:
     def _wanted(self, x: Tensor) -> bool:
         if not self.on or type(x) is not Tensor or x.dtype not in _DTYPES or x.ndim == 0:
             return False
-        cast = x.grad_fn is None and x.ndim == 2 and not self.frozen.isdisjoint((x.shape, x.shape[::-1]))
-        if x.untyped_storage().data_ptr() in self.known or cast or _of_weight(x):
+        shaped = x.grad_fn is None and x.ndim == 2 and not self.weights.isdisjoint((x.shape, x.shape[::-1]))
+        of_weight = shaped or (x.numel() in self.sizes and _of_weight(x))
+        if of_weight or x.untyped_storage().data_ptr() in self.known:
             return False
         if x.shape[-1] == self.width:
             self.residual = max(self.residual, x.numel())
@@ -169,11 +175,15 @@ def _overlaps(ordered: Tensor) -> bool:
 
 
 def _of_weight(x: Tensor) -> bool:
-    """Whether a tensor is a parameter, perhaps cast, turned or viewed."""
-    node = x.grad_fn
-    while node is not None and node.name() in _MOVES:
-        node = node.next_functions[0][0]
-    return x.is_leaf and x.requires_grad if x.grad_fn is None else node is not None and hasattr(node, "variable")
+    """Whether a tensor is a parameter or made of parameters alone: cast, turned, rounded, with noise."""
+    if x.grad_fn is None:
+        return x.is_leaf and x.requires_grad
+    above = [x.grad_fn]
+    for count, node in enumerate(above):
+        if count == _NODES or node.name() == "EmbeddingBackward0":
+            return False
+        above += [found for found, _ in node.next_functions if found is not None]
+    return True
 
 
 # --- which module, and when -----------------------------------------------------------------------------------------
@@ -202,11 +212,15 @@ def keep_in_few_bits_(model: nn.Module, head: nn.Module | None) -> None:
 
 def _asked(holder: nn.Module) -> tuple[QuantSpec, int] | None:
     """What the layers' recipes ask for, and the residual stream's width: what most layers read."""
-    layers = [module for module in holder.modules() if isinstance(module, QuantizedLinear | QuantizedConv1D)]
+    layers = _layers(holder)
     spec = next((s for layer in layers if (s := layer.active.saved_activations) is not None), None)
     if spec is None:
         return None
     return spec, Counter(layer.in_features for layer in layers).most_common(1)[0][0]
+
+
+def _layers(holder: nn.Module) -> list[QuantizedLinear | QuantizedConv1D]:
+    return [module for module in holder.modules() if isinstance(module, QuantizedLinear | QuantizedConv1D)]
 
 
 @torch.compiler.disable(reason="hooks on saved tensors belong around compiled blocks: use block.compile()")
