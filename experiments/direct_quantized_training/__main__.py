@@ -12,7 +12,7 @@ and on a GPU, where TOKENS is that folder; the numbers are seconds, about, of an
     ... layer-time                                    15   H4
     ... gpu-speed --data TOKENS                       40   H2, H6
     ... largest                                      400   the largest model that fits
-    ... gpu --data TOKENS --out RUNS --jobs 4        500   H1: learning rates, then six arms on three seeds
+    ... gpu --data TOKENS --out RUNS --jobs 4        400   H1: learning rates, then six arms on three seeds
     ... gpu-report RUNS ...                            1   what all calls of `gpu` found
     torchrun --nproc-per-node 2 -m experiments.direct_quantized_training ranks    60   H5, two GPUs
 

@@ -63,7 +63,8 @@ class Sizes:
 
     def plan(self, tokens: TokenData, steps: int, sequences: int) -> Plan:
         shape = replace(self.shape, vocab=max(self.shape.vocab, -(-tokens.vocab_size // 8) * 8))
-        return Plan(shape, steps, max(1, steps // 10), OTHER_LR, half=True, validation=max(1, sequences // self.batch))
+        more = {"half": True, "compiled": DEVICE.type == "cuda", "validation": max(1, sequences // self.batch)}
+        return Plan(shape, steps, max(1, steps // 10), OTHER_LR, **more)
 
 
 @dataclass(frozen=True)

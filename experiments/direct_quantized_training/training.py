@@ -39,6 +39,7 @@ class Plan:
         validation: batches of an evaluation.
         watch_every: updates between two looks at what changes.
         half: compute in bfloat16, whatever the arm's environment says of gradients.
+        compiled: torch.compile on every block in training.
     """
 
     shape: Shape
@@ -50,6 +51,7 @@ class Plan:
     validation: int = 20
     watch_every: int = 25
     half: bool = False
+    compiled: bool = False
 
     def autocast(self, arm: Arm, device: torch.device) -> AbstractContextManager[object]:
         """Float32 arithmetic only where neither plan nor arm computes in bfloat16."""
@@ -63,6 +65,9 @@ def run(arm: Arm, plan: Plan, lr: float, seed: int, batch: Batch, device: torch.
     start_(model, seed)
     arm.prepare_(model)
     model.to(device)
+    if plan.compiled:
+        for block in model.blocks:
+            block.compile()
     optimizer = arm.optimizer(model, lr, plan.other_lr, seed=seed, **plan.hyper)
     peaks = [group["lr"] for group in optimizer.param_groups]
     shares: list[tuple[int, float]] = []
@@ -117,7 +122,7 @@ def factor(step: int, plan: Plan) -> float:
 
 @torch.no_grad()
 def validate(model: nn.Module, arm: Arm, plan: Plan, batch: Batch, device: torch.device) -> float:
-    with plan.autocast(arm, device):
+    with plan.autocast(arm, device), torch.compiler.set_stance("force_eager"):
         losses = [model(batch("val", i)) for i in range(plan.validation)]
     return float(torch.stack(losses).mean())
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -186,16 +187,22 @@ def learn(task: Task, model: nn.Module, seed: int, course: Course, parameters: I
     model.eval()
 
 
-def seed_run(task: Task, seed: int) -> Iterator[tuple[str, Result]]:
-    """Carry out all arms of a seed: every student begins at the same weights and reads the same batches."""
+Made = tuple[nn.Module, Result]
+"""A model that is to be scored, and what else is told of it."""
+
+
+def seed_arms(task: Task, seed: int) -> Iterator[tuple[str, Callable[[], Made]]]:
+    """Name all arms of a seed and how each is made: students begin at the same weights and read the same batches.
+
+    What several arms begin from is trained when the first of them asks.
+    """
     plan, labels = task.plan, Mixing(0.0)
     mixing = Mixing(temperature=plan.temperature)
-    big = task.trained_teacher(seed)
-    teacher = Teacher(big)
-    yield "teacher", scored(task, big)
+    big = cache(lambda: task.trained_teacher(seed))
+    teacher = cache(lambda: Teacher(big()))
 
     def soft(seed: int, step: int, inputs: tuple[Tensor, ...]) -> Tensor | TopK:
-        return task.soft(teacher, seed, step, inputs)
+        return task.soft(teacher(), seed, step, inputs)
 
     def student(mixed: Mixing, levels: Levels | None) -> nn.Module:
         model = task.student(seed)
@@ -205,43 +212,50 @@ def seed_run(task: Task, seed: int) -> Iterator[tuple[str, Result]]:
         learn(task, model, seed, course, model.parameters())
         return model
 
-    yield "labels, 32 bits", scored(task, student(labels, None))
-    distilled = student(mixing, None)
-    yield "distilled, 32 bits", scored(task, distilled)
+    distilled = cache(partial(student, mixing, None))
+
+    def after(levels: Levels) -> nn.Module:
+        model = copy.deepcopy(distilled())
+        quantize_weights_(model, levels)
+        return model
+
+    yield "teacher", lambda: (big(), {})
+    yield "labels, 32 bits", lambda: (student(labels, None), {})
+    yield "distilled, 32 bits", lambda: (distilled(), {})
     for bits in plan.bits:
-        for name, buckets in BUCKETS.items():
-            after = copy.deepcopy(distilled)
-            quantize_weights_(after, Levels.of_bits(bits, buckets))
-            yield f"after training, {bits} bits, {name}", scored(task, after)
-        for name in plan.qd:
-            model = student(mixing, Levels.of_bits(bits, BUCKETS[name]))
-            yield f"quantized distillation, {bits} bits, {name}", scored(task, model)
-        levels = Levels.of_bits(bits, BUCKETS["64"])
-        yield f"labels only, {bits} bits, 64", scored(task, student(labels, levels))
-        yield from learned_points(task, seed, distilled, model, bits, soft)
+        of = {name: Levels.of_bits(bits, buckets) for name, buckets in BUCKETS.items()}
+        for name, levels in of.items():
+            yield f"after training, {bits} bits, {name}", lambda levels=levels: (after(levels), {})
+        quantized = {name: cache(partial(student, mixing, of[name])) for name in plan.qd}
+        for name, make in quantized.items():
+            yield f"quantized distillation, {bits} bits, {name}", lambda make=make: (make(), {})
+        yield f"labels only, {bits} bits, 64", lambda levels=of["64"]: (student(labels, levels), {})
+        yield from learned_points(task, seed, distilled, quantized[plan.qd[-1]], bits, soft)
         if plan.extras:
             noisy = Levels.of_bits(bits, BUCKETS["64"], Rounding.STOCHASTIC)
-            yield f"quantized distillation, stochastic, {bits} bits, 64", scored(task, student(mixing, noisy))
+            told = f"quantized distillation, stochastic, {bits} bits, 64"
+            yield told, lambda levels=noisy: (student(mixing, levels), {})
 
 
-def learned_points(
-    task: Task, seed: int, distilled: nn.Module, quantized: nn.Module, bits: int, soft: Soft
-) -> Iterator[tuple[str, Result]]:
+def learned_points(  # noqa: PLR0913  what an arm is made from
+    task: Task, seed: int, distilled: Callable[[], nn.Module], quantized: Callable[[], nn.Module], bits: int, soft: Soft
+) -> Iterator[tuple[str, Callable[[], Made]]]:
     """Points of the distilled student, and the same from other beginnings."""
     plan, levels = task.plan, Levels.of_bits(bits, BUCKETS["64"])
     mixing = Mixing(temperature=plan.temperature)
-    arms: dict[str, tuple[nn.Module, Start, Soft, bool]] = {
-        "learned points": (distilled, Start.QUANTILE, its_own(distilled), False)
+    arms: dict[str, tuple[Callable[[], nn.Module], Start, Soft | None, bool]] = {
+        "learned points": (distilled, Start.QUANTILE, None, False)
     }
     if plan.extras:
         arms |= {
-            "learned points, even start": (distilled, Start.EVEN, its_own(distilled), False),
+            "learned points, even start": (distilled, Start.EVEN, None, False),
             "learned points, the big teacher": (distilled, Start.QUANTILE, soft, False),
-            "learned points, shared out by gradient": (distilled, Start.QUANTILE, its_own(distilled), True),
+            "learned points, shared out by gradient": (distilled, Start.QUANTILE, None, True),
             "learned points after quantized distillation": (quantized, Start.EVEN, soft, False),
         }
-    for name, (start_from, start, told, shared) in arms.items():
-        model = copy.deepcopy(start_from)
+
+    def made(start_from: Callable[[], nn.Module], start: Start, taught: Soft | None, shared: bool) -> Made:
+        model, told = copy.deepcopy(start_from()), taught or its_own(distilled())
         learn_points_(model, levels, start=start)
         if shared:
             learn_points_(
@@ -250,8 +264,10 @@ def learned_points(
         model.requires_grad_(False)
         points = [p.requires_grad_() for p in point_parameters(model).values()]
         learn(task, model, seed + 2000, Course(plan.dq_steps, plan.dq_lr, mixing, told), points)
-        extra = {"packed_bits": resulting_bits(model).packed} if shared else {}
-        yield f"{name}, {bits} bits, 64", scored(task, model) | extra
+        return model, {"packed_bits": resulting_bits(model).packed} if shared else {}
+
+    for name, beginning in arms.items():
+        yield f"{name}, {bits} bits, 64", partial(made, *beginning)
 
 
 def shared_out(task: Task, model: nn.Module, seed: int, bits: int, course: Course) -> dict[str, int]:
@@ -291,7 +307,7 @@ def scored(task: Task, model: nn.Module) -> Result:
 def all_seeds(task: Task, out: Path, seeds: Sequence[int]) -> Runs:
     """Run every seed that has no file yet; the arms of a seed by name.
 
-    What a seed that was cut off has measured stays in a file of its own, `TASK-SEED.part.json`.
+    What a seed that was cut off has measured stays in a file of its own, `TASK-SEED.part.json`, and is not run again.
     """
     out.mkdir(parents=True, exist_ok=True)
     for seed in seeds:
@@ -299,12 +315,15 @@ def all_seeds(task: Task, out: Path, seeds: Sequence[int]) -> Runs:
         part = whole.with_suffix(".part.json")
         if whole.exists():
             continue
-        found: dict[str, Result] = {}
-        begun, cpu = time.perf_counter(), time.process_time()
-        for name, result in seed_run(task, seed):
+        found: dict[str, Result] = json.loads(part.read_text(encoding="utf-8")) if part.exists() else {}
+        for name, make in seed_arms(task, seed):
+            if name in found:
+                continue
+            begun, cpu = time.perf_counter(), time.process_time()
+            model, more = make()
+            result = scored(task, model) | more
             spent = {"seconds": time.perf_counter() - begun, "cpu_seconds": time.process_time() - cpu}
             found[name] = result | {key: round(value, 2) for key, value in spent.items()}
-            begun, cpu = time.perf_counter(), time.process_time()
             print(f"{task.name} seed {seed}: {name}: {result['score']:.4f}", flush=True)
             part.write_text(json.dumps(found) + "\n", encoding="utf-8")
         part.replace(whole)

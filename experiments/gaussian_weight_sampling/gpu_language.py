@@ -46,7 +46,7 @@ Ran = dict[str, dict[str, dict[str, float]]]
 
 def setting_of(steps: int, batch: int, length: int, device: str) -> Setting:
     """What all arms have in common."""
-    return Setting(steps, max(1, steps // 10), batch, length, 6e-4, max(1, 128 // batch), device)
+    return Setting(steps, max(1, steps // 10), batch, length, 6e-4, max(1, 128 // batch), device, device != "cpu")
 
 
 def known(model: str, told: dict[str, Any]) -> Ran:

@@ -16,6 +16,7 @@ from lowbits.data import TokenData
 from lowbits.methods import Method, Position
 from lowbits.methods.gaussws import noisy
 from lowbits.nn import Recipe, convert_
+from lowbits.nn._blocks import blocks
 from lowbits.optim import AdamW
 
 Costs = dict[str, list[dict[str, float]]]
@@ -34,6 +35,7 @@ class Setting:
         lr: peak.
         validation: batches of an evaluation.
         device: as torch says it.
+        compiled: torch.compile on every block in training.
     """
 
     steps: int
@@ -43,6 +45,7 @@ class Setting:
     lr: float
     validation: int
     device: str = "cpu"
+    compiled: bool = False
 
     def share(self, step: int) -> float:
         """Return the share of the peak that the learning rate has."""
@@ -64,6 +67,9 @@ def train_(model: nn.Module, data: TokenData, method: Method, seed: int, setting
     convert_(model, Recipe(), seed=seed, verbose=False)
     method.prepare_(model, seed)
     model.to(setting.device).train()
+    if setting.compiled:
+        for name in blocks(model):
+            model.get_submodule(name).compile()
     optimizer = AdamW(method.param_groups(model, 0.1), lr=setting.lr, betas=(0.9, 0.95))
     peaks = [group["lr"] for group in optimizer.param_groups]
     for step in range(setting.steps):
@@ -83,8 +89,8 @@ def train_(model: nn.Module, data: TokenData, method: Method, seed: int, setting
 def evaluate(data: TokenData, model: nn.Module, setting: Setting) -> float:
     """Return the validation loss in bfloat16."""
     losses = []
-    for ids in data.val_batches(setting.batch, setting.length, setting.validation * setting.batch):
-        with torch.autocast(torch.device(setting.device).type, torch.bfloat16):
+    with torch.autocast(torch.device(setting.device).type, torch.bfloat16), torch.compiler.set_stance("force_eager"):
+        for ids in data.val_batches(setting.batch, setting.length, setting.validation * setting.batch):
             losses.append(causal_loss(model, ids.to(setting.device)).item())
     return statistics.fmean(losses)
 

@@ -54,20 +54,28 @@ def test_a_seed_runs_every_arm_once_and_again_gives_the_same(tmp_path: Path) -> 
     assert found["huffman_bytes"] > found["header_bytes"] and found["entropy"] <= found["code_bits"] <= 4
 
 
-def test_a_run_that_is_cut_off_leaves_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def cut_off(task: arms.Task, seed: int):
-        yield "teacher", {"score": 1.0}
-        if seed == 1:
-            raise KeyboardInterrupt
-        yield "labels, 32 bits", {"score": 2.0}
+def test_a_run_that_is_cut_off_leaves_what_it_has_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scored, count = arms.scored, 0
 
-    monkeypatch.setattr(arms, "seed_run", cut_off)
+    def cut_off(task: arms.Task, model: nn.Module) -> arms.Result:
+        nonlocal count
+        count += 1
+        if count == 8:
+            raise KeyboardInterrupt
+        return scored(task, model)
+
+    monkeypatch.setattr(arms, "scored", cut_off)
     with pytest.raises(KeyboardInterrupt):
-        arms.all_seeds(Toy(), tmp_path, [0, 1])
-    found = arms.collected("toy", tmp_path, [0, 1, 2])
-    assert {name: [one["score"] for one in results] for name, results in found.items()} == {"teacher": [1.0, 1.0]}
+        arms.all_seeds(Toy(), tmp_path, [5])
+    found = arms.collected("toy", tmp_path, [5, 6])
+    assert len(found) == 7 and list(found)[:2] == ["teacher", "labels, 32 bits"]
     path = checks.save_runs(Toy(), found, torch.device("cpu"), tmp_path)
     assert json.loads(path.read_text(encoding="utf-8"))["runs"] == found
+    whole = arms.all_seeds(Toy(), tmp_path, [5])
+    assert count == 8 + len(whole) - 7
+    undisturbed = arms.all_seeds(Toy(), tmp_path / "undisturbed", [5])
+    assert {name: of[0]["score"] for name, of in whole.items()} == {n: of[0]["score"] for n, of in undisturbed.items()}
+    assert list(whole) == list(undisturbed)
 
 
 def test_an_arm_learns() -> None:

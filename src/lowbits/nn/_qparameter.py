@@ -127,7 +127,9 @@ class QParameter(Tensor):
         self.codes.copy_(self.grid.pack(codes.view(*self.codes.shape[:-1], self.row)))
 
     def __repr__(self, *, tensor_contents: object = None) -> str:
-        step = "per row" if self.per_channel else "meta" if self.step.is_meta else f"{float(self.step):.3g}"
+        # Compilers ask for words of tensors without numbers.
+        known = type(self.step) is Tensor and not self.step.is_meta
+        step = "per row" if self.per_channel else f"{float(self.step):.3g}" if known else "unknown"
         return f"QParameter({tuple(self.shape)}, {self.grid}, step {step}, {self.dtype}, {self.device})"
 
     # --- torch.compile ----------------------------------------------------------------------------------------------

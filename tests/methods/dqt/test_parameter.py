@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowbits.errors import CheckpointError, SpecError
 from lowbits.formats import INT8
@@ -148,3 +149,12 @@ def test_ternary_export() -> None:
     assert torch.allclose(net[0](x), hidden, atol=1e-5)
     before = other[0].weight.step.clone()
     assert ternary_(other) == [] and torch.equal(other[0].weight.step, before)  # a ternary model keeps its step
+
+
+def test_words_of_a_parameter_need_no_numbers() -> None:
+    """torch 2.11 asks for them while it compiles, of tensors that have none."""
+    parameter = quantize_parameter(torch.randn(4, 8), Grid.of(8), StepInit())
+    assert f"step {float(parameter.step):.3g}" in repr(parameter)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = mode.from_tensor(parameter)
+        assert "step unknown" in repr(fake)
