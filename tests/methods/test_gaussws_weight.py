@@ -10,7 +10,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 
 from lowbits.errors import FormatError, SpecError
 from lowbits.methods._pseudo_noise._numerics import backward, exp2, forward, without_noise
@@ -236,6 +238,26 @@ def test_b7_the_backward_pass_draws_the_same(recipe: str) -> None:
     for function, module in runs:
         found = results(function, list(module.parameters()))
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch, from inside dynamo
+def test_lean_makes_weights_again_and_no_products_when_compiled() -> None:
+    """Two products a layer in backward, three would be one too many; and nothing of a weight's size is kept."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def kept(graph: torch.fx.GraphModule, _inputs: object) -> Callable[..., object]:
+        graphs.append(graph)
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(fw_compiler=kept, partition_fn=min_cut_rematerialization_partition)
+    model = network(Plan(), lean=True)
+    results(torch.compile(model, fullgraph=True, backend=backend), list(model.parameters()))
+    calls = [[str(node.target) for node in graph.graph.nodes if node.op == "call_function"] for graph in graphs]
+    assert len(graphs) == 2 and sum("add_pseudo_noise" in name for name in calls[1]) == 2
+    assert [sum("mm" in name for name in names) for names in calls] == [2, 4]
+    outputs = [node.meta["val"] for node in list(graphs[0].graph.nodes)[-1].args[0] if hasattr(node, "meta")]
+    sizes = [x.numel() for x in outputs if isinstance(x, Tensor) and x.dtype == torch.bfloat16]
+    assert sizes and not {64 * 96, 96 * 40} & set(sizes)
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch, from inside dynamo

@@ -107,18 +107,24 @@ class QuantizedConv1D(nn.Module):
 
 
 QuantizedLayer = QuantizedLinear | QuantizedConv1D
+_AGAIN: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
 
 
 def _through_weight_fn(layer: QuantizedLayer, x: Tensor) -> Tensor:
     if layer.keep_weight or layer.weight_fn is None:
         return _with_weight(layer, x)
+    if torch.compiler.is_compiling():  # all that comes out of a checkpoint is made again, so let no product do so
+        return _multiplied(layer, x, checkpoint(layer.weight_fn, layer.weight, **_AGAIN))
     # The backward pass runs it again up to the GEMM, whose operands are all that it needs: one pass over the weight.
-    y: Any = checkpoint(_with_weight, layer, x, use_reentrant=False, preserve_rng_state=False)
+    y: Any = checkpoint(_with_weight, layer, x, **_AGAIN)
     return y
 
 
 def _with_weight(layer: QuantizedLayer, x: Tensor) -> Tensor:
-    weight = layer.weight if layer.weight_fn is None else layer.weight_fn(layer.weight)
+    return _multiplied(layer, x, layer.weight if layer.weight_fn is None else layer.weight_fn(layer.weight))
+
+
+def _multiplied(layer: QuantizedLayer, x: Tensor, weight: Any) -> Tensor:
     return quantized_linear(layer, x, weight if isinstance(layer, QuantizedLinear) else weight.t())
 
 

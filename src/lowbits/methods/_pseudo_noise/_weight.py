@@ -7,7 +7,7 @@ as operators of torch, forward and backward have the same bits compiled and not.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -68,8 +68,14 @@ class NoisyWeight(nn.Module):
         dtype = self._dtype(w)
         if self.b_i is None or not self.training:
             return _Straight.apply(w, _numerics.without_noise(w.detach(), self.plan).to(dtype))
-        function = _NoisyThroughMax if self.plan.through_max else _Noisy
-        y: Tensor = function.apply(w, self.b_i, self.counter, self._text, self.origin, dtype)
+        arguments = w, self.b_i, self.counter, self._text, self.origin, dtype
+        y: Tensor
+        if self.plan.through_max:
+            y = _NoisyThroughMax.apply(*arguments)
+        elif torch.compiler.is_compiling():  # torch 2.11 makes nothing again of what is inside an autograd function
+            y, _ = _add_noise_op(*arguments)
+        else:
+            y = _Noisy.apply(*arguments)
         if w.device.type == "cpu" and not torch.compiler.is_compiling():
             self.check_finite(w)  # on a GPU this would wait for it at every layer
         return y
@@ -155,21 +161,28 @@ class _Noisy(torch.autograd.Function):
     def forward(
         ctx: Any, w: Tensor, b_i: Tensor, counter: Tensor, plan: str, origin: Block, dtype: torch.dtype
     ) -> Tensor:  # type: ignore[override]
-        y, slopes = (_add_noise_op if torch.compiler.is_compiling() else add_noise)(
-            w, b_i, counter, plan, origin, dtype
-        )
-        ctx.save_for_backward(slopes, counter)
-        ctx.plan, ctx.origin, ctx.dtypes = plan, origin, (w.dtype, b_i.dtype)
+        y, slopes = add_noise(w, b_i, counter, plan, origin, dtype)
+        _keep(ctx, (w, b_i, counter, plan, origin, dtype), (y, slopes))
         return y
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        slopes, counter = ctx.saved_tensors
-        dw, db = (_gradients_op if torch.compiler.is_compiling() else gradients)(
-            g, counter, slopes, ctx.plan, ctx.origin, ctx.dtypes[0]
-        )
-        dw = g if g.dtype == ctx.dtypes[0] else dw
-        return dw, db.to(ctx.dtypes[1]), None, None, None, None
+        return _backward(ctx, g, gradients)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """Keep what the backward pass needs."""
+    w, b_i, counter, plan, origin, _ = inputs
+    ctx.save_for_backward(output[1], counter)
+    ctx.plan, ctx.origin, ctx.dtypes = plan, origin, (w.dtype, b_i.dtype)
+
+
+def _backward(ctx: Any, g: Tensor, turn: Callable[..., tuple[Tensor, Tensor]]) -> tuple[Tensor | None, ...]:
+    """Return the gradients of all that `add_noise` takes."""
+    slopes, counter = ctx.saved_tensors
+    dw, db = turn(g, counter, slopes, ctx.plan, ctx.origin, ctx.dtypes[0])
+    dw = g if g.dtype == ctx.dtypes[0] else dw
+    return dw, db.to(ctx.dtypes[1]), None, None, None, None
 
 
 class _NoisyThroughMax(torch.autograd.Function):
@@ -229,6 +242,7 @@ def gradients(
 # To torch.compile they are opaque; called directly where nothing is traced, since the dispatcher costs a layer tens of
 # microseconds.
 _add_noise_op = torch.library.custom_op("lowbits::add_pseudo_noise", add_noise, mutates_args=())
+_add_noise_op.register_autograd(lambda ctx, g, _: _backward(ctx, g, _gradients_op), setup_context=_keep)
 _numbers_op = torch.library.custom_op("lowbits::pseudo_noise_numbers", _numbers, mutates_args=())
 
 
