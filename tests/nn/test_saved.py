@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import math
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -239,6 +241,33 @@ def test_memory_that_is_given_out_again_is_not_mistaken() -> None:
     x = torch.randn(2, 16, WIDTH)
     exact = gradients(model, lambda m: m(x).sum())
     assert error(gradients(converted(model), lambda m: m(x).sum()), exact) < 0.02
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_what_waited_is_freed_with_its_graph(backward: bool) -> None:
+    """At once, not when Python looks for rings."""
+    model, codes = converted(Stack()), []
+
+    def listen(t: Tensor) -> None:
+        if t.dtype == torch.uint8:
+            codes.append(weakref.ref(t))
+
+    gc.collect()
+    gc.disable()
+    try:
+        with listening_to_saved(listen):
+            y = model(torch.randn(2, 16, WIDTH) * 1)
+        assert codes
+        assert all(t() is not None for t in codes)
+        if backward:
+            y.sum().backward()
+            assert all(t() is None for t in codes)  # though y holds the graph
+        output = weakref.ref(y)
+        del y
+        assert output() is None
+        assert all(t() is None for t in codes)
+    finally:
+        gc.enable()
 
 
 # --- changes in place -----------------------------------------------------------------------------------------------

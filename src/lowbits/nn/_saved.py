@@ -99,14 +99,15 @@ class _Pass:
     """One forward pass of the module that holds the blocks."""
 
     def __init__(self, holder: nn.Module, spec: QuantSpec, width: int, frame: FrameType) -> None:
-        self.holder, self.spec, self.width, self.frame, self.on = holder, spec, width, frame, True
-        own = (*holder.parameters(), *holder.buffers())
+        self.holder, self.spec, self.width, self.on = holder, spec, width, True
+        self.frame: FrameType | None = frame  # None once it has ended
+        layers, parameters = _layers(holder), list(holder.parameters())
+        own = (*parameters, *holder.buffers())
         self.known = {t.untyped_storage().data_ptr() for t in own if type(t) in (Tensor, nn.Parameter)}
-        sizes = {p.numel() for p in holder.parameters()}
-        self.sizes = sizes | {layer.weight.numel() for layer in _layers(holder)}
+        self.sizes = {p.numel() for p in parameters} | {layer.weight.numel() for layer in layers}
         # Where no graph says it (frozen weights, compiled blocks), a weight has only its shape to be known by.
-        seen = [layer.weight for layer in _layers(holder) if layer.weight_fn is not None or hasattr(layer, "_viewed")]
-        frozen = [p for p in holder.parameters() if p.ndim == 2 and not p.requires_grad]
+        seen = [layer.weight for layer in layers if layer.weight_fn is not None or hasattr(layer, "_viewed")]
+        frozen = [p for p in parameters if p.ndim == 2 and not p.requires_grad]
         self.weights = {p.shape for p in (*seen, *frozen)}
         self.residual = 0  # elements of the residual stream, once it has been seen
         # The codes of a stretch of memory. A storage to which there is a weak reference has an address of its own.
@@ -256,7 +257,13 @@ def _calling() -> FrameType:
 
 
 def _end() -> None:
-    _running.passes.pop().hooks.__exit__()
+    one = _running.passes.pop()
+    one.hooks.__exit__()
+    # Graphs keep the hook of this pass, and so all that it holds: codes would outlive their use in the backward pass,
+    # and the frame holds the output, hence the graph itself, until Python looks for such rings.
+    one.found.clear()
+    one.frame = None
+    del one.hooks
 
 
 @contextmanager
