@@ -247,6 +247,8 @@ def simulated() -> None:
     row, scaled_sums = Gemm(SPECS[0], SPECS[0]), QuantSpec(E4M3, PerRow(), ReciprocalAmax())
     recipes["codes quantized anew"] = replace(recipes["w8a8_faithful"], dgrad=row, wgrad=row)
     recipes["codes for wgrad"] = Recipe(fprop=row, wgrad=Gemm(None, SPECS[0]), save=Save.OPERANDS)
+    four = QuantSpec(INT4, PerRow())  # which no kernel stores
+    recipes["codes of 4 bits for wgrad"] = Recipe(fprop=row, wgrad=Gemm(None, four), save=Save.OPERANDS)
     recipes["scales of sums"] = Recipe(fprop=Gemm(scaled_sums, scaled_sums), save=Save.QUANTIZED)
     recipes["scales of wgrad's sums"] = Recipe(wgrad=Gemm(scaled_sums, scaled_sums), save=Save.OPERANDS)
     for name, recipe in recipes.items():
