@@ -480,6 +480,11 @@ def test_two_ways_in_one_model_are_refused() -> None:
     other = Recipe(saved_activations=QuantSpec(INT4, PerBlock(128)))
     with pytest.raises(ConversionError, match="int8 block 128` for blocks.0.layer and `int4 block 128` for blocks.1"):
         convert_(Stack(), lambda name, _: ALONE if "0" in name else other, verbose=False)
+    model = Stack()
+    convert_(model, lambda name, _: ALONE if "0" in name else None, verbose=False)
+    with pytest.raises(ConversionError, match="for blocks.0.layer and .* for blocks.1.layer"):  # one at a time
+        convert_(model, lambda name, _: other if "1" in name else None, verbose=False)
+    convert_(model, other, verbose=False)
 
 
 def test_the_recipe_says_it_and_older_records_are_as_they_were() -> None:
