@@ -150,6 +150,21 @@ def test_masks_keep_their_infinities() -> None:
     assert error(gradients(converted(model), loss), exact) < 0.05
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_sparse_and_nested_tensors_are_kept_as_they_are() -> None:
+    def between(h: Tensor) -> Tensor:
+        nested = torch.nested.as_nested_tensor([h[0, :3], h[0, :5]])
+        return torch.sparse.mm(torch.eye(WIDTH).to_sparse(), h[0]) + (nested * nested).to_padded_tensor(0.0).sum()
+
+    def loss(model: nn.Module) -> Tensor:
+        model.blocks[0].between = between
+        return model(torch.ones(1, WIDTH, WIDTH).cumsum(1) / 50).square().mean()
+
+    model = Stack(1)
+    exact = gradients(model, loss)
+    assert error(gradients(converted(model), loss), exact) < 0.05
+
+
 def views() -> dict[str, Tensor]:
     whole = torch.randn(8, 6, WIDTH)
     return {

@@ -8,8 +8,8 @@ dtype, shape and strides. They are in force while the module runs that holds the
 gradients of the loss are those of exact logits.
 
 Kept as they are: parameters, buffers, weights that autocast has cast or that a method shows the layer; what is no
-float; and what has less than an eighth of the elements of the residual stream, as attention's log-sum-exps and most
-tables of rotary embeddings have.
+float, sparse or nested; and what has less than an eighth of the elements of the residual stream, as attention's
+log-sum-exps and most tables of rotary embeddings have.
 
 Autograd does not watch saved tensors that go through hooks. Codes hold what was saved, whatever becomes of the tensor;
 one kept as it is and changed in place is refused in the backward pass, as it would be without hooks.
@@ -125,7 +125,8 @@ class _Pass:
         return found
 
     def _wanted(self, x: Tensor) -> bool:
-        if not self.on or type(x) is not Tensor or x.dtype not in _DTYPES or x.ndim == 0:
+        strided = type(x) is Tensor and x.layout is torch.strided and not x.is_nested
+        if not self.on or not strided or x.dtype not in _DTYPES or x.ndim == 0:
             return False
         shaped = x.grad_fn is None and x.ndim == 2 and not self.weights.isdisjoint((x.shape, x.shape[::-1]))
         of_weight = shaped or (x.numel() in self.sizes and _of_weight(x))
