@@ -137,6 +137,17 @@ def operands() -> None:
                     print(f"operand, {spec}; {tuple(x.shape)} {dtype} with {value}: differ {wrong}")
 
 
+def rows_that_no_grid_holds() -> None:
+    """A grid's second axis has 65535 places; what is longer is left to the definition, whichever way it lies."""
+    most, other = _row_operands._MOST_ROWS, 16
+    for granularity in (PerRow(), PerTensor(), PerColumn(), PerGroup(other)):
+        for rows, known in ((most, True), (most + 1, False)):
+            shape = (other, rows) if isinstance(granularity, PerColumn) else (rows, other)
+            plan = _row_operands._plan_for(QuantSpec(INT8, granularity), shape, torch.device(DEVICE))
+            if (plan is not None) != known:
+                print(f"{granularity}, {shape}: {'left out' if known else 'taken'}: differ")
+
+
 def same_bits(a: Tensor | None, b: Tensor | None) -> bool:
     """NaN is NaN whatever its bits; -0 is not 0."""
     if a is None or b is None:
@@ -333,6 +344,7 @@ def rest() -> None:
     many()
     many_of_which_one_does_not_fit()
     operands()
+    rows_that_no_grid_holds()
     layers()
     simulated()
     operators()

@@ -58,10 +58,10 @@ def _plan(spec: QuantSpec) -> _Plan | None:
 def _plan_for(spec: QuantSpec, shape: tuple[int, ...], device: torch.device) -> _Plan | None:
     if torch.compiler.is_compiling() or len(shape) != 2 or 0 in shape or not launches("rows", device):
         return None
-    if isinstance(spec.granularity, PerGroup):
-        whole = shape[1] % spec.granularity.size == 0
-        return _plan(spec) if whole and math.prod(shape) // spec.granularity.size <= _MOST_ROWS else None
-    return _plan(spec)
+    if isinstance(spec.granularity, PerGroup) and shape[1] % spec.granularity.size:
+        return None
+    rows = shape[0] if isinstance(spec.granularity, PerTensor) else math.prod(_scale_shape(spec, shape))
+    return _plan(spec) if rows <= _MOST_ROWS else None
 
 
 def _as_rows(x: Tensor, spec: QuantSpec) -> Tensor:
