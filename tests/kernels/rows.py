@@ -28,6 +28,7 @@ from lowbits.kernels import (
     _row_operands,
     _rows,
     decode_operand,
+    pack_operand,
     quantize_both,
     quantize_each,
     quantize_operand,
@@ -126,6 +127,9 @@ def operands() -> None:
                 if made.packed is not None:
                     stored = q.pack()
                     pairs |= {"codes": (made.packed.codes, stored.codes), "scale": (made.packed.scale, stored.scale)}
+                    alone = pack_operand(x, spec, noise, 1)
+                    assert alone is not None
+                    pairs |= {"codes alone": (alone.codes, stored.codes), "their scale": (alone.scale, stored.scale)}
                     again = unpack_operand(stored, dtype)
                     numbers = decode_operand(stored, torch.float32, whole=True)
                     assert again is not None and numbers is not None and numbers.outer is None
