@@ -173,6 +173,7 @@ def operands_with_scales_of_rows() -> None:
             for dtype in (torch.bfloat16, torch.float32):
                 made = quantize_operand(torch.randn(64, 128).to(dtype), spec, noise, 1, torch.bfloat16, codes=True)
                 assert made is not None and made.packed is not None
+                assert pack_operand(torch.randn(64, 128).to(dtype), spec, noise, 1) is not None
                 for to, whole in ((torch.bfloat16, False), (torch.float32, True)):
                     assert decode_operand(made.packed, to, whole=whole) is not None
 

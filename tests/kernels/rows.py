@@ -28,6 +28,7 @@ from lowbits.kernels import (
     _row_operands,
     _rows,
     decode_operand,
+    pack_operand,
     quantize_both,
     quantize_each,
     quantize_operand,
@@ -126,6 +127,9 @@ def operands() -> None:
                 if made.packed is not None:
                     stored = q.pack()
                     pairs |= {"codes": (made.packed.codes, stored.codes), "scale": (made.packed.scale, stored.scale)}
+                    alone = pack_operand(x, spec, noise, 1)
+                    assert alone is not None
+                    pairs |= {"codes alone": (alone.codes, stored.codes), "their scale": (alone.scale, stored.scale)}
                     again = unpack_operand(stored, dtype)
                     numbers = decode_operand(stored, torch.float32, whole=True)
                     assert again is not None and numbers is not None and numbers.outer is None
@@ -135,6 +139,17 @@ def operands() -> None:
                 wrong = [name for name, (a, b) in pairs.items() if not same_bits(a, b)]
                 if wrong or (not isinstance(spec.granularity, PerGroup) and made.inner.stride() != inner.stride()):
                     print(f"operand, {spec}; {tuple(x.shape)} {dtype} with {value}: differ {wrong}")
+
+
+def rows_that_no_grid_holds() -> None:
+    """A grid's second axis has 65535 places; what is longer is left to the definition, whichever way it lies."""
+    most, other = _row_operands._MOST_ROWS, 16
+    for granularity in (PerRow(), PerTensor(), PerColumn(), PerGroup(other)):
+        for rows, known in ((most, True), (most + 1, False)):
+            shape = (other, rows) if isinstance(granularity, PerColumn) else (rows, other)
+            plan = _row_operands._plan_for(QuantSpec(INT8, granularity), shape, torch.device(DEVICE))
+            if (plan is not None) != known:
+                print(f"{granularity}, {shape}: {'left out' if known else 'taken'}: differ")
 
 
 def same_bits(a: Tensor | None, b: Tensor | None) -> bool:
@@ -247,6 +262,8 @@ def simulated() -> None:
     row, scaled_sums = Gemm(SPECS[0], SPECS[0]), QuantSpec(E4M3, PerRow(), ReciprocalAmax())
     recipes["codes quantized anew"] = replace(recipes["w8a8_faithful"], dgrad=row, wgrad=row)
     recipes["codes for wgrad"] = Recipe(fprop=row, wgrad=Gemm(None, SPECS[0]), save=Save.OPERANDS)
+    four = QuantSpec(INT4, PerRow())  # which no kernel stores
+    recipes["codes of 4 bits for wgrad"] = Recipe(fprop=row, wgrad=Gemm(None, four), save=Save.OPERANDS)
     recipes["scales of sums"] = Recipe(fprop=Gemm(scaled_sums, scaled_sums), save=Save.QUANTIZED)
     recipes["scales of wgrad's sums"] = Recipe(wgrad=Gemm(scaled_sums, scaled_sums), save=Save.OPERANDS)
     for name, recipe in recipes.items():
@@ -331,6 +348,7 @@ def rest() -> None:
     many()
     many_of_which_one_does_not_fit()
     operands()
+    rows_that_no_grid_holds()
     layers()
     simulated()
     operators()

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import math
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -148,6 +150,21 @@ def test_masks_keep_their_infinities() -> None:
     assert error(gradients(converted(model), loss), exact) < 0.05
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_sparse_and_nested_tensors_are_kept_as_they_are() -> None:
+    def between(h: Tensor) -> Tensor:
+        nested = torch.nested.as_nested_tensor([h[0, :3], h[0, :5]])
+        return torch.sparse.mm(torch.eye(WIDTH).to_sparse(), h[0]) + (nested * nested).to_padded_tensor(0.0).sum()
+
+    def loss(model: nn.Module) -> Tensor:
+        model.blocks[0].between = between
+        return model(torch.ones(1, WIDTH, WIDTH).cumsum(1) / 50).square().mean()
+
+    model = Stack(1)
+    exact = gradients(model, loss)
+    assert error(gradients(converted(model), loss), exact) < 0.05
+
+
 def views() -> dict[str, Tensor]:
     whole = torch.randn(8, 6, WIDTH)
     return {
@@ -239,6 +256,33 @@ def test_memory_that_is_given_out_again_is_not_mistaken() -> None:
     x = torch.randn(2, 16, WIDTH)
     exact = gradients(model, lambda m: m(x).sum())
     assert error(gradients(converted(model), lambda m: m(x).sum()), exact) < 0.02
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_what_waited_is_freed_with_its_graph(backward: bool) -> None:
+    """At once, not when Python looks for rings."""
+    model, codes = converted(Stack()), []
+
+    def listen(t: Tensor) -> None:
+        if t.dtype == torch.uint8:
+            codes.append(weakref.ref(t))
+
+    gc.collect()
+    gc.disable()
+    try:
+        with listening_to_saved(listen):
+            y = model(torch.randn(2, 16, WIDTH) * 1)
+        assert codes
+        assert all(t() is not None for t in codes)
+        if backward:
+            y.sum().backward()
+            assert all(t() is None for t in codes)  # though y holds the graph
+        output = weakref.ref(y)
+        del y
+        assert output() is None
+        assert all(t() is None for t in codes)
+    finally:
+        gc.enable()
 
 
 # --- changes in place -----------------------------------------------------------------------------------------------
@@ -451,6 +495,11 @@ def test_two_ways_in_one_model_are_refused() -> None:
     other = Recipe(saved_activations=QuantSpec(INT4, PerBlock(128)))
     with pytest.raises(ConversionError, match="int8 block 128` for blocks.0.layer and `int4 block 128` for blocks.1"):
         convert_(Stack(), lambda name, _: ALONE if "0" in name else other, verbose=False)
+    model = Stack()
+    convert_(model, lambda name, _: ALONE if "0" in name else None, verbose=False)
+    with pytest.raises(ConversionError, match="for blocks.0.layer and .* for blocks.1.layer"):  # one at a time
+        convert_(model, lambda name, _: other if "1" in name else None, verbose=False)
+    convert_(model, other, verbose=False)
 
 
 def test_the_recipe_says_it_and_older_records_are_as_they_were() -> None:

@@ -142,8 +142,7 @@ def pack_operand(x: Tensor, spec: QuantSpec, noise: Tensor, role: int) -> Packed
     """Quantize a matrix into stored codes and scales; None where no kernels cover it. Args as above."""
     plan = plan_for(x, spec)
     if plan is None:
-        made = _row_operands.quantize_operand(x, spec, x.dtype, codes=True)
-        return made and made.packed
+        return _row_operands.pack_operand(x, spec)
     _, codes, scales, outer = _quantized(x, noise, role, spec.padded(x.shape)[1], plan, x.dtype, codes=True)
     two_level = isinstance(spec.scale, TwoLevel)
     view = outer.view([1] * scales.ndim) if two_level else None

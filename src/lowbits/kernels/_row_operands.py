@@ -58,10 +58,10 @@ def _plan(spec: QuantSpec) -> _Plan | None:
 def _plan_for(spec: QuantSpec, shape: tuple[int, ...], device: torch.device) -> _Plan | None:
     if torch.compiler.is_compiling() or len(shape) != 2 or 0 in shape or not launches("rows", device):
         return None
-    if isinstance(spec.granularity, PerGroup):
-        whole = shape[1] % spec.granularity.size == 0
-        return _plan(spec) if whole and math.prod(shape) // spec.granularity.size <= _MOST_ROWS else None
-    return _plan(spec)
+    if isinstance(spec.granularity, PerGroup) and shape[1] % spec.granularity.size:
+        return None
+    rows = shape[0] if isinstance(spec.granularity, PerTensor) else math.prod(_scale_shape(spec, shape))
+    return _plan(spec) if rows <= _MOST_ROWS else None
 
 
 def _as_rows(x: Tensor, spec: QuantSpec) -> Tensor:
@@ -98,17 +98,41 @@ def quantize_operand(x: Tensor, spec: QuantSpec, dtype: torch.dtype, *, codes: b
         dtype: of the result.
         codes: whether as stored codes, too.
     """
+    plan = _readable(x, spec, codes)
+    if plan is None:
+        return None
+    inner, stored, scale = _quantized(x, spec, plan, dtype, codes)
+    packed = PackedTensor(stored, scale, spec, tuple(x.shape)) if codes else None
+    return Decoded(_from_rows(inner, spec, x.shape), None if plan.scaled else scale, spec, packed)
+
+
+def pack_operand(x: Tensor, spec: QuantSpec) -> PackedTensor | None:
+    """Quantize a matrix into stored codes and scales alone; None where the kernels do not cover it. Args as above."""
+    plan = _readable(x, spec, True)
+    if plan is None:
+        return None
+    _, stored, scale = _quantized(x, spec, plan, None, True)
+    return PackedTensor(stored, scale, spec, tuple(x.shape))
+
+
+def _readable(x: Tensor, spec: QuantSpec, codes: bool) -> _Plan | None:
     plan = _plan_for(spec, x.shape, x.device)
     # Subclasses (codes as a parameter, shards) have no memory of their own that holds their numbers.
     readable = x.dtype in (torch.bfloat16, torch.float32) and type(x) in (Tensor, nn.Parameter)
-    if plan is None or not readable or (codes and spec.format.bits != 8):
-        return None
-    rows = _as_rows(x, spec)
-    inner, scale = torch.empty_like(rows, dtype=dtype), x.new_empty(_scale_shape(spec, x.shape), dtype=torch.float32)
+    return None if not readable or (codes and spec.format.bits != 8) else plan
+
+
+def _quantized(
+    x: Tensor, spec: QuantSpec, plan: _Plan, dtype: torch.dtype | None, codes: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Numbers of a dtype, codes, scales; empty what is not wanted."""
+    rows, nothing = _as_rows(x, spec), x.new_empty((1, 0), dtype=torch.uint8)
+    inner = nothing if dtype is None else torch.empty_like(rows, dtype=dtype)
     stored = x.new_empty(x.numel() if codes else 0, dtype=torch.uint8)
-    _launch(rows, (inner, _as_rows(stored.view(x.shape), spec) if codes else stored[None], scale), plan, codes)
-    packed = PackedTensor(stored, scale, spec, tuple(x.shape)) if codes else None
-    return Decoded(_from_rows(inner, spec, x.shape), None if plan.scaled else scale, spec, packed)
+    scale = x.new_empty(_scale_shape(spec, x.shape), dtype=torch.float32)
+    as_rows = _as_rows(stored.view(x.shape), spec) if codes else nothing
+    _launch(rows, (inner, as_rows, scale), plan, dtype is not None, codes)
+    return inner, stored, scale
 
 
 def decode_operand(packed: PackedTensor, dtype: torch.dtype, *, whole: bool) -> Decoded | None:
@@ -141,7 +165,7 @@ def decode_operand(packed: PackedTensor, dtype: torch.dtype, *, whole: bool) -> 
 _CONSTANTS = "OF", "HIGH", "M", "LOWEST", "FLOOR", "TOP", "RULE", "SCALED"
 
 
-def _launch(x: Tensor, results: tuple[Tensor, Tensor, Tensor], plan: _Plan, codes: bool) -> None:
+def _launch(x: Tensor, results: tuple[Tensor, Tensor, Tensor], plan: _Plan, numbers: bool, codes: bool) -> None:
     k, (rows, columns) = kernels("rows"), x.shape
     assert k is not None
     largest = launch_amax(x, plan.of, "NONE")
@@ -149,11 +173,11 @@ def _launch(x: Tensor, results: tuple[Tensor, Tensor, Tensor], plan: _Plan, code
     (height, width), warps = tile_for(plan.of, "NONE")
 
     def constants() -> dict[str, Any]:
-        wanted = {"CODES": codes, "BR": height, "BK": width}
+        wanted = {"NUMBERS": numbers, "CODES": codes, "BR": height, "BK": width}
         return dict(zip(_CONSTANTS, plan, strict=True)) | wanted | {"num_warps": warps, "enable_fp_fusion": False}
 
     launch(
         k.quantize_operand, (-(-columns // width), -(-rows // height), 1),
         (x, largest, *results, rows, columns, *x.stride(), *inner.stride(), *stored.stride()),
-        constants, (plan, codes), x.device,
+        constants, (plan, numbers, codes), x.device,
     )  # fmt: skip

@@ -238,9 +238,10 @@ def _store_decoded(to, value, inside):
 def quantize_operand(
     x, largest, inner, codes, scales, R, K, stride_r, stride_k, inner_r, inner_k, codes_r, codes_k, OF: tl.constexpr,
     HIGH: tl.constexpr, M: tl.constexpr, LOWEST: tl.constexpr, FLOOR: tl.constexpr, TOP: tl.constexpr,
-    RULE: tl.constexpr, SCALED: tl.constexpr, CODES: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr
+    RULE: tl.constexpr, SCALED: tl.constexpr, NUMBERS: tl.constexpr, CODES: tl.constexpr, BR: tl.constexpr,
+    BK: tl.constexpr
 ):  # fmt: skip
-    """Quantize x into what a GEMM multiplies, times its scales if SCALED, and into bytes as they are stored if CODES.
+    """Quantize x into what a GEMM multiplies if NUMBERS, times its scales if SCALED, and into stored bytes if CODES.
 
     Rounds in float32, so that GPUs without FP8 do it, too. M is 0 for integers. `largest`: see `amax`.
     """
@@ -263,7 +264,8 @@ def quantize_operand(
         else:
             code = _encoded(value, M, LOWEST, 8, 127)
         tl.store(codes + row * codes_r + column * codes_k, code.to(tl.uint8), inside)
-    _store_decoded(inner + row * inner_r + column * inner_k, value * scale[:, None] if SCALED else value, inside)
+    if NUMBERS:
+        _store_decoded(inner + row * inner_r + column * inner_k, value * scale[:, None] if SCALED else value, inside)
 
 
 @triton.jit

@@ -92,7 +92,8 @@ def convert_(
         raise ConversionError(
             f"{type(model).__name__}: none of its {len(linear)} linear layers was converted. {remedy}"
         )
-    _check_saved({name: recipe for name, (_, recipe) in chosen.items()})
+    before = {name: layer.recipe for name, layer in quantized_layers(model).items() if name not in kept}
+    _check_saved(before | {name: recipe for name, (_, recipe) in chosen.items()})
     for name, (module, recipe) in chosen.items():
         _check_sizes(name, module, recipe)
     for name, (module, recipe) in chosen.items():

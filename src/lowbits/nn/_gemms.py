@@ -249,8 +249,8 @@ def _by_kernel(
         return None
     options: dict[str, Any] = {}
     if kernel is quantize_operand:
-        keeps = plan.recipe.save is Save.QUANTIZED and plan.trains and role in ("fprop.lhs", "fprop.rhs")
-        options = {"dtype": plan.dtype, "codes": keeps}
+        kept = {Save.QUANTIZED: ("fprop.lhs", "fprop.rhs"), Save.OPERANDS: ("wgrad.rhs",)}
+        options = {"dtype": plan.dtype, "codes": plan.trains and role in kept.get(plan.recipe.save, ())}
     return kernel(x, spec, noise, 1 + 2 * ROLES.index(role), **options)
 
 

@@ -8,8 +8,8 @@ dtype, shape and strides. They are in force while the module runs that holds the
 gradients of the loss are those of exact logits.
 
 Kept as they are: parameters, buffers, weights that autocast has cast or that a method shows the layer; what is no
-float; and what has less than an eighth of the elements of the residual stream, as attention's log-sum-exps and most
-tables of rotary embeddings have.
+float, sparse or nested; and what has less than an eighth of the elements of the residual stream, as attention's
+log-sum-exps and most tables of rotary embeddings have.
 
 Autograd does not watch saved tensors that go through hooks. Codes hold what was saved, whatever becomes of the tensor;
 one kept as it is and changed in place is refused in the backward pass, as it would be without hooks.
@@ -99,14 +99,15 @@ class _Pass:
     """One forward pass of the module that holds the blocks."""
 
     def __init__(self, holder: nn.Module, spec: QuantSpec, width: int, frame: FrameType) -> None:
-        self.holder, self.spec, self.width, self.frame, self.on = holder, spec, width, frame, True
-        own = (*holder.parameters(), *holder.buffers())
+        self.holder, self.spec, self.width, self.on = holder, spec, width, True
+        self.frame: FrameType | None = frame  # None once it has ended
+        layers, parameters = _layers(holder), list(holder.parameters())
+        own = (*parameters, *holder.buffers())
         self.known = {t.untyped_storage().data_ptr() for t in own if type(t) in (Tensor, nn.Parameter)}
-        sizes = {p.numel() for p in holder.parameters()}
-        self.sizes = sizes | {layer.weight.numel() for layer in _layers(holder)}
+        self.sizes = {p.numel() for p in parameters} | {layer.weight.numel() for layer in layers}
         # Where no graph says it (frozen weights, compiled blocks), a weight has only its shape to be known by.
-        seen = [layer.weight for layer in _layers(holder) if layer.weight_fn is not None or hasattr(layer, "_viewed")]
-        frozen = [p for p in holder.parameters() if p.ndim == 2 and not p.requires_grad]
+        seen = [layer.weight for layer in layers if layer.weight_fn is not None or hasattr(layer, "_viewed")]
+        frozen = [p for p in parameters if p.ndim == 2 and not p.requires_grad]
         self.weights = {p.shape for p in (*seen, *frozen)}
         self.residual = 0  # elements of the residual stream, once it has been seen
         # The codes of a stretch of memory. A storage to which there is a weak reference has an address of its own.
@@ -124,7 +125,8 @@ class _Pass:
         return found
 
     def _wanted(self, x: Tensor) -> bool:
-        if not self.on or type(x) is not Tensor or x.dtype not in _DTYPES or x.ndim == 0:
+        strided = type(x) is Tensor and x.layout is torch.strided and not x.is_nested
+        if not self.on or not strided or x.dtype not in _DTYPES or x.ndim == 0:
             return False
         shaped = x.grad_fn is None and x.ndim == 2 and not self.weights.isdisjoint((x.shape, x.shape[::-1]))
         of_weight = shaped or (x.numel() in self.sizes and _of_weight(x))
@@ -256,7 +258,13 @@ def _calling() -> FrameType:
 
 
 def _end() -> None:
-    _running.passes.pop().hooks.__exit__()
+    one = _running.passes.pop()
+    one.hooks.__exit__()
+    # Graphs keep the hook of this pass, and so all that it holds: codes would outlive their use in the backward pass,
+    # and the frame holds the output, hence the graph itself, until Python looks for such rings.
+    one.found.clear()
+    one.frame = None
+    del one.hooks
 
 
 @contextmanager
