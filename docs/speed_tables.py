@@ -242,7 +242,7 @@ def saved() -> str:
         losses = " ".join(f"{row['loss']:.4f}" for row in of)
         lines.append([f"`{arm}`", losses, f"{statistics.fmean(apart):+.4f}", f"{error:.4f}", f"{share:.2f}"])
     heads = ["recipe", "loss, by seed", f"beside `{first}`", "error of the gradient", "bytes saved"]
-    told = f"{rows[0]['model']}, {rows[0]['steps']} steps of 1,024 tokens. {words}"
+    told = f"{rows[0]['model']}, {rows[0]['steps']} steps. {words}"
     return f"{table(heads, lines)}\n\n{told}\n"
 
 

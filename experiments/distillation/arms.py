@@ -325,7 +325,9 @@ def all_seeds(task: Task, out: Path, seeds: Sequence[int]) -> Runs:
             spent = {"seconds": time.perf_counter() - begun, "cpu_seconds": time.process_time() - cpu}
             found[name] = result | {key: round(value, 2) for key, value in spent.items()}
             print(f"{task.name} seed {seed}: {name}: {result['score']:.4f}", flush=True)
-            part.write_text(json.dumps(found) + "\n", encoding="utf-8")
+            new = part.with_suffix(".tmp")
+            new.write_text(json.dumps(found) + "\n", encoding="utf-8")
+            new.replace(part)  # a run that is killed here leaves what it had
         part.replace(whole)
     return collected(task.name, out, seeds)
 

@@ -68,7 +68,8 @@ class Recipe:
         saved_activations: how everything else is stored that autograd keeps for the backward pass of the blocks, beside
             codes: inputs of norms, of attention, of activation functions, and of this layer where `save` says ORIGINAL.
             A scale for so many elements together in memory (`PerBlock`), the same for all layers of a model; backward
-            sees these numbers. None keeps them as they are.
+            sees these numbers. `convert_` puts it in force; a recipe that is assigned to a layer later does not. None
+            keeps them as they are.
         fast_accumulation: GEMMs by name whose FP8 sums a GPU may keep in its units, in 14 bits on Hopper, instead of
             adding them up in float32: faster, and a few times further from the exact sum. Simulated sums are float32.
         execution: simulated on any device; native, which is refused where scales or hardware do not allow it; or auto,
