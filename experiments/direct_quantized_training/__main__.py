@@ -131,8 +131,9 @@ def _gpu(told: argparse.Namespace) -> None:
         gpu.report(told.folders, told.results)
         return
     shape = _shape(told, LLAMA_130M)
-    out = told.out if told.command == "gpu" else Path()
-    sizes = gpu.Sizes(told.data, out, shape, told.steps, told.batch, told.length)
+    trains = told.command == "gpu"
+    out, compiled = told.out if trains else Path(), trains and torch.cuda.is_available()
+    sizes = gpu.Sizes(told.data, out, shape, told.steps, told.batch, told.length, compiled)
     if told.command == "gpu":
         gpu.main(sizes, told.arms or gpu.NAMES, told.seeds, told.jobs)
     else:

@@ -52,6 +52,7 @@ class Sizes:
         steps: updates.
         batch: sequences in one.
         length: tokens of a sequence.
+        compiled: torch.compile on every block: for losses, which it leaves alone; peaks of memory are of eager steps.
     """
 
     data: Path
@@ -60,11 +61,12 @@ class Sizes:
     steps: int
     batch: int
     length: int
+    compiled: bool = False
 
     def plan(self, tokens: TokenData, steps: int, sequences: int) -> Plan:
         shape = replace(self.shape, vocab=max(self.shape.vocab, -(-tokens.vocab_size // 8) * 8))
-        more = {"half": True, "compiled": DEVICE.type == "cuda", "validation": max(1, sequences // self.batch)}
-        return Plan(shape, steps, max(1, steps // 10), OTHER_LR, **more)
+        batches = max(1, sequences // self.batch)
+        return Plan(shape, steps, max(1, steps // 10), OTHER_LR, half=True, validation=batches, compiled=self.compiled)
 
 
 @dataclass(frozen=True)
