@@ -330,6 +330,8 @@ def main(part: int = 0, parts: int = 1) -> None:
                 found = differing(x, along_k, along_r)
                 if found:
                     print(f"{along_k}; {along_r}; {tuple(x.shape)} {dtype} with {value}: differ {found}")
+                if cases % 50 == 0:  # what a run that is cut off has shown
+                    print(f"{cases} cases so far", flush=True)
     if part == 0:
         rest()
     print(f"{cases} cases")
