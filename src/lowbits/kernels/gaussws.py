@@ -20,8 +20,7 @@ Triton 3.6 then shuffles over those of the next block instead (tests.kernels.com
 import triton
 import triton.language as tl
 
-INTERPRETED = triton.knobs.runtime.interpret
-_INTERPRETED = tl.constexpr(INTERPRETED)
+from lowbits.kernels.blocks import INTERPRETED, _as_bf16  # noqa: F401  whether Triton interprets is asked of this file
 
 # Distributions.
 ROUNDED_NORMAL = tl.constexpr(0)
@@ -180,16 +179,6 @@ def _to_grid(x, exponent, TOP: tl.constexpr, MANTISSA: tl.constexpr, LEAST: tl.c
 
 
 @triton.jit
-def _to_bfloat16(x):
-    """Round to nearest even; by the bits where Triton interprets, whose own conversion cuts them off."""
-    if not _INTERPRETED:
-        return x.to(tl.bfloat16).to(tl.float32)
-    bits = x.to(tl.uint32, bitcast=True)
-    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-    return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
-
-
-@triton.jit
 def _tile(rows, columns, across, BR: tl.constexpr, BC: tl.constexpr, NB: tl.constexpr):
     """Row and columns of this program's blocks, where their elements are, and which of these there are."""
     tiles = tl.cdiv(across, NB)
@@ -227,11 +216,11 @@ def add_noise(
         exponent = tl.maximum((amax.to(tl.uint32, bitcast=True) >> 23).to(tl.int32) - 127, _SMALLEST_EXPONENT)
         y = _to_grid(y, exponent[:, None, None], TOP, MANTISSA, LEAST, LARGEST)
     if TO_BF16:
-        y = _to_bfloat16(y)
+        y = _as_bf16(y)
     if TO_FP16:
         y = y.to(tl.float16).to(tl.float32)
     if out.dtype.element_ty == tl.bfloat16:
-        y = _to_bfloat16(y)
+        y = _as_bf16(y)
     tl.store(out + at, y.to(out.dtype.element_ty), mask)
 
 

@@ -14,7 +14,8 @@ it is used. Launch without fused multiply-adds (`enable_fp_fusion=False`): the d
 import triton
 import triton.language as tl
 
-INTERPRETED = triton.knobs.runtime.interpret
+from lowbits.kernels.blocks import INTERPRETED, _as_bf16
+
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
 _MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds to an integer, ties to even
@@ -45,16 +46,6 @@ def _uniform(counter, element):
 
 
 @triton.jit
-def _to_bfloat16(x):
-    """Round to nearest even; by the bits where Triton interprets, whose own conversion cuts them off."""
-    if not _INTERPRETED:
-        return x.to(tl.bfloat16)
-    bits = x.to(tl.uint32, bitcast=True)
-    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-    return tl.where(x == x, bits.to(tl.float32, bitcast=True), x).to(tl.bfloat16)
-
-
-@triton.jit
 def round_to_levels(
     w, counter, out, length, size, across, buckets, intervals, NOISE: tl.constexpr, S: tl.constexpr, NB: tl.constexpr
 ):
@@ -80,6 +71,5 @@ def round_to_levels(
     p = _divide(level, tl.zeros_like(level) + intervals)
     y = tl.where(p < 0.5, low + p * extent, high - (1.0 - p) * extent)
     if out.dtype.element_ty == tl.bfloat16:
-        tl.store(out + at, _to_bfloat16(y), inside)
-    else:
-        tl.store(out + at, y.to(out.dtype.element_ty), inside)
+        y = _as_bf16(y)
+    tl.store(out + at, y.to(out.dtype.element_ty), inside)

@@ -14,8 +14,7 @@ without contraction). One launch each way: a program finds the magnitudes of its
 import triton
 import triton.language as tl
 
-from lowbits.kernels.levels import _to_bfloat16
-from lowbits.kernels.rows import _bits, _codes, _scales
+from lowbits.kernels.rows import _bits, _codes, _scales, _store_decoded
 
 
 @triton.jit
@@ -46,8 +45,4 @@ def decode(codes, scale, y, N, SIZE: tl.constexpr, GROUPS: tl.constexpr):
     group, at, inside = _places(N, SIZE, GROUPS)
     by = tl.load(scale + group, group * SIZE < N, 0.0)
     code = tl.load(codes + at, inside, 0)
-    value = tl.where(code == -128, float("-inf"), code.to(tl.float32) * by[:, None])
-    if y.dtype.element_ty == tl.bfloat16:
-        tl.store(y + at, _to_bfloat16(value), inside)
-    else:
-        tl.store(y + at, value.to(y.dtype.element_ty), inside)
+    _store_decoded(y + at, tl.where(code == -128, float("-inf"), code.to(tl.float32) * by[:, None]), inside)

@@ -286,6 +286,9 @@ def decode(
     _store_decoded(inner + row * inner_r + column * inner_k, value * scale if SCALED else value, inside)
 
 
+# --- many matrices in one launch ------------------------------------------------------------------------------------
+
+
 @triton.jit
 def _of_tile(tiles, matrices, BF16: tl.constexpr):
     """This program's matrix, and the place of its tile.

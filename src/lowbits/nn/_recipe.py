@@ -29,6 +29,8 @@ from lowbits.kernels import Execution, illegal_on_hardware, missing_unit
 from lowbits.quantizers import Amax, PerBlock, PowerOfTwo, QuantSpec, ReciprocalAmax, Rounding
 
 GEMMS = ("fprop", "dgrad", "wgrad")
+_LATE = {"late": True}
+"""Of fields that are not told while they have their default: runs from before they were there go on."""
 
 
 class Gemm(NamedTuple):
@@ -86,8 +88,8 @@ class Recipe:
     grad_parts: int = 1
     first_moment: QuantSpec | None = None
     second_moment: QuantSpec | None = None
-    saved_activations: QuantSpec | None = None
-    fast_accumulation: tuple[str, ...] = ()
+    saved_activations: QuantSpec | None = field(default=None, metadata=_LATE)
+    fast_accumulation: tuple[str, ...] = field(default=(), metadata=_LATE)
     execution: Execution = Execution.SIMULATED
     _legal: tuple[bool, ...] = field(init=False, repr=False, compare=False)
 
@@ -192,9 +194,8 @@ class Recipe:
         """Return the recipe in words, for logs and exports (data out, never data in)."""
         out: dict[str, object] = {}
         for one in fields(self):
-            value = getattr(self, one.name) if one.init else ()
-            late = value is None and one.name == "saved_activations"
-            if value == () or late:  # runs from before a field was there go on
+            value = getattr(self, one.name) if one.init else None
+            if not one.init or (one.metadata == _LATE and value == one.default):
                 continue
             if isinstance(value, Gemm):
                 value = {side: None if spec is None else str(spec) for side, spec in value._asdict().items()}
