@@ -216,7 +216,9 @@ def amax(
     LOG: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr
 ):  # fmt: skip
     """The bits of the largest magnitude of x, rotated where T > 1, into `result`, which was 0. NaN is the largest."""
-    v = _tile(x, tl.program_id(1) * BR + tl.arange(0, BR), tl.program_id(0) * BK + tl.arange(0, BK), R, K, stride_r,
+    # Backwards: what was written last, and what the quantizer reads first, is still in the cache.
+    across, down = tl.num_programs(0) - 1 - tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1)
+    v = _tile(x, down * BR + tl.arange(0, BR), across * BK + tl.arange(0, BK), R, K, stride_r,
               stride_k)  # fmt: skip
     if T > 1:
         v = _rotate(v, SIGNS, T, LOG, BR, BK)

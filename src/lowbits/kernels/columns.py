@@ -74,7 +74,9 @@ def amax(
     BG: tl.constexpr, BR: tl.constexpr
 ):  # fmt: skip
     """The bits of the largest magnitude of the rotated x into `result`, which was 0."""
-    row, group = tl.program_id(0) * BR + tl.arange(0, BR), tl.program_id(1) * BG + tl.arange(0, BG)
+    # Backwards: what was written last, and what the quantizer reads first, is still in the cache.
+    down, across = tl.num_programs(0) - 1 - tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1)
+    row, group = down * BR + tl.arange(0, BR), across * BG + tl.arange(0, BG)
     largest = tl.max(tl.max(_largest(_rotated(_group(x, group, row, R, K, stride_r, stride_k), SIGNS)), 1), 0)
     # Rounding keeps the order: the largest is rounded alone.
     largest = _scaled(largest.to(tl.float32, bitcast=True), SCALE, BF16)

@@ -78,7 +78,9 @@ def amax(
     STEPS: tl.constexpr
 ):  # fmt: skip
     """The bits of the largest magnitudes: [R] or one for the copy along k, then [K] or one for that along r; were 0."""
-    _amax(x, result, R, K, stride_r, stride_k, tl.program_id(0), tl.program_id(1), OF_K, OF_R, BR, BK, STEPS)
+    # Backwards: what was written last, and what the quantizer reads first, is still in the cache.
+    across, down = tl.num_programs(0) - 1 - tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1)
+    _amax(x, result, R, K, stride_r, stride_k, across, down, OF_K, OF_R, BR, BK, STEPS)
 
 
 @triton.jit
