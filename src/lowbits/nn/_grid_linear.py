@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A linear layer whose weight is codes: fprop and dgrad multiply the codes themselves.
 
-    sx = 127 / max(max |x|, 1e-5) of a token;   x^ = clamp(round(x sx), -128, 127) / sx      (arXiv:2412.04787, sec. 3)
-    Y = (x^ sx) q^T D / sx;   dX = G q D;   dW = G^T x^
+    sx = 127 / max(max |x|, 1e-5) of a token;   x^ = round(x sx) / sx                        (arXiv:2412.04787, sec. 3)
+    Y = (x^ sx) q^T (1 / sx) D;   dX = G q D;   dW = G^T x^
 
 Gradients pass the rounding of X unchanged; the weight is not rounded here, so there is nothing to pass. M tokens, N
 out_features, K in_features. No float tensor of the weight's size outlives a GEMM: in bfloat16, which holds every code
@@ -20,14 +20,15 @@ from torch.nn.functional import pad
 
 from lowbits.errors import CheckpointError, ConversionError, NativeError
 from lowbits.formats import INT8
-from lowbits.kernels import Execution, as_dtype
+from lowbits.kernels import Coded, Execution, as_dtype, decode_operand, missing_unit, quantize_both, scaled_mm
 from lowbits.nn._grid import Grid
 from lowbits.nn._linear import QuantizedLinear
 from lowbits.nn._qparameter import QParameter
 from lowbits.nn._steps_of_weights import StepInit, quantize_parameter
-from lowbits.quantizers import PerRow, PerTensor, QuantSpec, Rounding, quantize
+from lowbits.quantizers import PackedTensor, PerRow, PerTensor, QuantSpec, ReciprocalAmax, Rounding, quantize
 
-_SMALLEST_AMAX = 1e-5
+TOKENS = QuantSpec(INT8, PerRow(), ReciprocalAmax(1e-5))
+"""Activations, as in the paper's `activation_quant`."""
 _INT32_TERMS = (2**31 - 1) // 128**2  # longest sum of int8 products that cannot overflow int32
 
 
@@ -65,42 +66,8 @@ class _Plan(NamedTuple):
     def native(self, device: torch.device, terms: int) -> bool:
         """Whether integers are multiplied as such, in sums of so many terms."""
         if self.execution is Execution.AUTO:
-            return device.type == "cuda" and terms <= _INT32_TERMS
+            return device.type == "cuda" and terms <= _INT32_TERMS and missing_unit(TOKENS, device) is None
         return self.execution is Execution.NATIVE
-
-
-def per_token(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return int8 codes of activations and what they were multiplied by, as in the paper's `activation_quant`.
-
-    Args:
-        x: [M, K], float.
-    Returns:
-        int8 [M, K] and sx, float32 [M, 1]; x^ = codes / sx. A token that is not finite has codes 0 and an sx of 0 or
-        NaN, so that what is computed of it is NaN.
-    """
-    x = x.float()
-    sx = 127 / x.abs().amax(-1, keepdim=True).clamp_min(_SMALLEST_AMAX)
-    return (x * sx).nan_to_num_(nan=0.0).round_().clamp_(-128, 127).to(torch.int8), sx
-
-
-def integer_mm(a: Tensor, b: Tensor) -> Tensor:
-    """Return a b^T on integer units, int32 [M, N], exact.
-
-    Args:
-        a: int8 [M, K].
-        b: int8 [N, K].
-    Raises:
-        NativeError: K is so long that a sum can overflow.
-    """
-    (m, terms), n = a.shape, b.shape[0]
-    if terms > _INT32_TERMS:
-        raise NativeError(f"int8 sums of {terms} products can overflow int32; {_INT32_TERMS} is the longest. Simulate.")
-    # CUDA's int8 GEMM takes K and N in multiples of 8 and M above 16; zeros add nothing to the sums.
-    if m < 17 or terms % 8:
-        a = pad(a, (0, -terms % 8, 0, max(17 - m, 0)))
-    if n % 8 or terms % 8:
-        b = pad(b, (0, -terms % 8, 0, -n % 8))
-    return torch.ops.aten._int_mm(a, b.t())[:m, :n]
 
 
 class _GridMatmul(torch.autograd.Function):
@@ -108,32 +75,56 @@ class _GridMatmul(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: QParameter, plan: _Plan) -> Tensor:  # type: ignore[override]
-        codes, sx = per_token(x.reshape(-1, x.shape[-1]))
+        tokens = _coded(x.reshape(-1, x.shape[-1]))
         ctx.plan, ctx.dtype, ctx.shape = plan, x.dtype, x.shape
-        ctx.save_for_backward(codes, sx, weight)
+        ctx.save_for_backward(tokens.codes[:, : x.shape[-1]], tokens.scale, weight)
         q = weight.unpacked()
-        native = plan.native(x.device, q.shape[1])
-        sums = integer_mm(codes, q).float() if native else _sums(codes, q.t(), plan.dtype)
-        # Divided as it is returned: a view of what was divided could not be written into behind `fully_shard`'s hooks.
-        tokens = x.shape[:-1]
-        return as_dtype(sums.mul_(_outer(weight)).view(*tokens, q.shape[0]) / sx.view(*tokens, 1), plan.dtype)
+        if plan.native(x.device, q.shape[1]):
+            y = _on_units(tokens, q, _steps(weight), plan.dtype)
+        else:
+            sums = _sums(tokens.codes[:, : q.shape[1]], q.t(), plan.dtype)
+            y = as_dtype(sums.mul_(tokens.scale) * _steps(weight).t(), plan.dtype)
+        # A view could not be written into behind `fully_shard`'s hooks.
+        return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], q.shape[0]))
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
-        codes, sx, weight = ctx.saved_tensors
+        codes, scale, weight = ctx.saved_tensors
         plan, dx, dw, g = ctx.plan, None, None, g.reshape(-1, g.shape[-1])
         if plan.gradient is not None:
             rounded = quantize(g.float(), plan.gradient, None)
             if ctx.needs_input_grad[0] and _on_integers(plan, weight):
-                sums = integer_mm(rounded.values.to(torch.int8), weight.unpacked().t().contiguous())
-                dx = (sums.float() * rounded.scale * weight.step).to(ctx.dtype)
+                dx = _on_units(Coded.of(rounded), weight.unpacked().t(), _steps(weight), ctx.dtype)
             g = rounded.dequantize().to(plan.dtype)
         if ctx.needs_input_grad[0] and dx is None:
             dx = _input_gradient(g, weight, plan.dtype).to(ctx.dtype)
         if ctx.needs_input_grad[1]:
-            x_hat = (codes / sx).to(plan.dtype)
-            dw = (g.t() @ x_hat).to(weight.dtype)
+            dw = (g.t() @ _decoded(codes, scale, plan.dtype)).to(weight.dtype)
         return dx if dx is None else dx.view(ctx.shape), dw, None
+
+
+def _coded(x: Tensor) -> Coded:
+    """Round tokens; there may be none, for an expert that nobody chose."""
+    if not x.shape[0]:
+        return Coded(x.to(torch.int8), x.new_empty(0, 1, dtype=torch.float32), TOKENS, x.shape[1])
+    coded, _ = quantize_both(x, TOKENS, None, None, None)
+    assert coded is not None
+    return coded
+
+
+def _on_units(a: Coded, q: Tensor, step: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a q^T with both scales, on integer units. A sum that is too long is refused."""
+    if not a.codes.shape[0]:
+        return step.new_empty(0, q.shape[0], dtype=dtype)
+    filled = pad(q, (0, a.codes.shape[1] - q.shape[1])) if a.codes.shape[1] > q.shape[1] else q
+    return scaled_mm(a, Coded(filled.contiguous(), step, TOKENS, a.length), dtype)
+
+
+def _decoded(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """x^ as wgrad multiplies it."""
+    packed = PackedTensor(codes.contiguous().view(torch.uint8), scale, TOKENS, tuple(codes.shape))
+    known = decode_operand(packed, dtype, whole=True)
+    return as_dtype(codes * scale, dtype) if known is None else known.inner
 
 
 def _on_integers(plan: _Plan, weight: QParameter) -> bool:
@@ -145,13 +136,13 @@ def _on_integers(plan: _Plan, weight: QParameter) -> bool:
 def _input_gradient(g: Tensor, weight: QParameter, dtype: torch.dtype) -> Tensor:
     q = weight.unpacked()
     if weight.per_channel:
-        return _sums(g.float() * _outer(weight), q, dtype)
+        return _sums(g.float() * _steps(weight).t(), q, dtype)
     return _sums(g, q, dtype) * weight.step
 
 
-def _outer(weight: QParameter) -> Tensor:
-    """The steps as a factor of [M, N]."""
-    return weight.step.view(1, -1) if weight.per_channel else weight.step
+def _steps(weight: QParameter) -> Tensor:
+    """[N, 1], or [1, 1]."""
+    return weight.step.view(-1, 1)
 
 
 def _sums(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
