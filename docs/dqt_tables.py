@@ -71,10 +71,10 @@ def gpu() -> str:
         return NONE
     arms: dict[tuple[str, str, str], list[dict[str, float]]] = {}
     for key, run in found["runs"].items():
-        name, lr, _, steps = key.split()
-        arms.setdefault((name, lr, steps), []).append(run)
+        name, lr, seed, steps = key.split()
+        arms.setdefault((name, lr, steps + ", search" * (seed == "100")), []).append(run)
     rows = []
-    for (name, lr, steps), runs in arms.items():
+    for (name, lr, steps), runs in sorted(arms.items(), key=lambda item: ("search" in item[0][2], item[0])):
         one = {key: mean(run[key] for run in runs) for key in runs[0] if key in runs[-1]}
         rows.append([
             f"`{name}`", lr, steps, " ".join(f"{run['val']:.3f}" for run in runs), f"{one['val_ternary']:.3f}",
@@ -143,6 +143,20 @@ def largest() -> str:
     return text + (f"\n{origin(runs)}" if runs is not None else "") or NONE
 
 
+def summary() -> str:
+    """The largest models, in a sentence."""
+    found, runs = results("largest"), results("pretrain")
+    if found is None or runs is None:
+        return NONE
+    sizes = [f"{name} {row['parameters'] / 1e9:.1f}" for name, row in found["ways"].items() if "parameters" in row]
+    trained = max(run["parameters"] for run in runs["ways"].values()) / 1e9
+    return (
+        f"The largest Llama whose full training steps one H200 holds, billions of parameters: {'; '.join(sizes)}. Two "
+        f"steps each; {trained:.1f} were trained for 50 steps. `python -m experiments.direct_quantized_training "
+        f"largest`, [more](docs/papers/direct-quantized-training.md). {origin(found)}"
+    )
+
+
 def speed() -> str:
     """Milliseconds of updates and of a layer."""
     update, layer = results("update_time"), results("layer_time")
@@ -168,5 +182,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "dqt memory": memory,
     "dqt largest": largest,
     "dqt speed": speed,
+    "dqt summary": summary,
 }
 """What a page may name."""

@@ -13,6 +13,7 @@ and on a GPU, where TOKENS is that folder; the numbers are seconds, about, of an
     ... gpu-speed --data TOKENS                       40   H2, H6
     ... largest                                      400   the largest model that fits
     ... gpu --data TOKENS --out RUNS --jobs 4        400   H1: learning rates, then six arms on three seeds
+    ... gpu --data TOKENS --out RUNS --arms dqt_8 --lr 0.001   90   at a rate that the search did not choose
     ... gpu-report RUNS ...                            1   what all calls of `gpu` found
     torchrun --nproc-per-node 2 -m experiments.direct_quantized_training ranks    60   H5, two GPUs
 
@@ -59,6 +60,7 @@ def arguments() -> argparse.Namespace:
             command.add_argument("--out", type=Path, required=True, help="folder of the runs, a file each")
             command.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
             command.add_argument("--jobs", type=int, default=1, help="runs at once")
+            command.add_argument("--lr", type=float, help="of all arms; the best of a search unless given")
     report = commands.add_parser("gpu-report")
     report.add_argument("folders", nargs="+", type=Path)
     _add_sizes(report)
@@ -135,7 +137,7 @@ def _gpu(told: argparse.Namespace) -> None:
     out, compiled = told.out if trains else Path(), trains and torch.cuda.is_available()
     sizes = gpu.Sizes(told.data, out, shape, told.steps, told.batch, told.length, compiled)
     if told.command == "gpu":
-        gpu.main(sizes, told.arms or gpu.NAMES, told.seeds, told.jobs)
+        gpu.main(sizes, told.arms or gpu.NAMES, told.seeds, told.jobs, told.lr)
     else:
         gpu.speed(sizes, told.arms or gpu.SPEEDS, told.results)
 
