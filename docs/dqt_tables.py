@@ -15,6 +15,7 @@ PLACES = {
     "update_time": "update, H200", "layer_time": "layer, H200", "ranks": "two H200",
 }  # fmt: skip
 NONE = "Not measured yet.\n"
+SEARCHED = "100"  # the seed of runs that searched for rates
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -72,7 +73,7 @@ def gpu() -> str:
     arms: dict[tuple[str, str, str], list[dict[str, float]]] = {}
     for key, run in found["runs"].items():
         name, lr, seed, steps = key.split()
-        arms.setdefault((name, lr, steps + ", search" * (seed == "100")), []).append(run)
+        arms.setdefault((name, lr, steps + ", search" * (seed == SEARCHED)), []).append(run)
     rows = []
     for (name, lr, steps), runs in sorted(arms.items(), key=lambda item: ("search" in item[0][2], item[0])):
         one = {key: mean(run[key] for run in runs) for key in runs[0] if key in runs[-1]}

@@ -34,7 +34,8 @@ from lowbits.kernels._matmul import matmul_blocks, matmul_codes, matmul_fp8
 from lowbits.kernels._operators import as_dtype
 from lowbits.quantizers import QTensor
 
-_INT32_TERMS = (2**31 - 1) // 128**2  # longest sum of int8 products that cannot overflow int32
+INT32_TERMS = (2**31 - 1) // 128**2
+"""The longest sum of int8 products that cannot overflow int32."""
 
 Operand = Tensor | QTensor | Coded | Decoded
 
@@ -99,10 +100,10 @@ def _in_one_basis(lhs: Simulated, rhs: Simulated) -> tuple[Simulated, Simulated]
 
 def _native(lhs: Coded, rhs: Coded, dtype: torch.dtype, fast: bool) -> Tensor:
     if isinstance(lhs.spec.format, IntFormat):
-        terms = lhs.codes.shape[1]
-        if terms > _INT32_TERMS:
+        terms = lhs.length  # what fills the codes up is zeros
+        if terms > INT32_TERMS:
             raise NativeError(
-                f"int8 sums of {terms} products can overflow int32; {_INT32_TERMS} is the longest. Simulate."
+                f"int8 sums of {terms} products can overflow int32; {INT32_TERMS} is the longest. Simulate."
             )
         return matmul_codes(lhs.codes, rhs.codes, lhs.scale, rhs.scale, dtype)
     if of_blocks(lhs.spec):

@@ -20,7 +20,17 @@ from torch.nn.functional import pad
 
 from lowbits.errors import CheckpointError, ConversionError, NativeError
 from lowbits.formats import INT8
-from lowbits.kernels import Coded, Execution, as_dtype, decode_operand, missing_unit, quantize_both, scaled_mm
+from lowbits.kernels import (
+    INT32_TERMS,
+    Coded,
+    Execution,
+    as_dtype,
+    decode_operand,
+    illegal_on_hardware,
+    missing_unit,
+    quantize_both,
+    scaled_mm,
+)
 from lowbits.nn._grid import Grid
 from lowbits.nn._linear import QuantizedLinear
 from lowbits.nn._qparameter import QParameter
@@ -29,7 +39,6 @@ from lowbits.quantizers import PackedTensor, PerRow, PerTensor, QuantSpec, Recip
 
 TOKENS = QuantSpec(INT8, PerRow(), ReciprocalAmax(1e-5))
 """Activations, as in the paper's `activation_quant`."""
-_INT32_TERMS = (2**31 - 1) // 128**2  # longest sum of int8 products that cannot overflow int32
 
 
 class GridLinear(nn.Linear):
@@ -66,7 +75,7 @@ class _Plan(NamedTuple):
     def native(self, device: torch.device, terms: int) -> bool:
         """Whether integers are multiplied as such, in sums of so many terms."""
         if self.execution is Execution.AUTO:
-            return device.type == "cuda" and terms <= _INT32_TERMS and missing_unit(TOKENS, device) is None
+            return device.type == "cuda" and terms <= INT32_TERMS and missing_unit(TOKENS, device) is None
         return self.execution is Execution.NATIVE
 
 
@@ -91,7 +100,7 @@ class _GridMatmul(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
         codes, scale, weight = ctx.saved_tensors
         plan, dx, dw, g = ctx.plan, None, None, g.reshape(-1, g.shape[-1])
-        if plan.gradient is not None:
+        if plan.gradient is not None and g.shape[0]:
             rounded = quantize(g.float(), plan.gradient, None)
             if ctx.needs_input_grad[0] and _on_integers(plan, weight):
                 dx = _on_units(Coded.of(rounded), weight.unpacked().t(), _steps(weight), ctx.dtype)
@@ -128,9 +137,9 @@ def _decoded(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _on_integers(plan: _Plan, weight: QParameter) -> bool:
-    """Whether dgrad multiplies integers: then steps must not vary along the contraction."""
-    integers = plan.gradient is not None and plan.gradient.format == INT8 and not weight.per_channel
-    return integers and plan.native(weight.device, weight.shape[0])
+    """Whether dgrad multiplies integers: then steps are constant along the contraction, and there is no zero point."""
+    known = plan.gradient is not None and illegal_on_hardware(plan.gradient, TOKENS) is None
+    return known and not weight.per_channel and plan.native(weight.device, weight.shape[0])
 
 
 def _input_gradient(g: Tensor, weight: QParameter, dtype: torch.dtype) -> Tensor:

@@ -12,7 +12,7 @@ from lowbits import recipes
 from lowbits.errors import ConversionError, NativeError
 from lowbits.formats import E5M2, INT8
 from lowbits.nn import Execution, Grid, GridLinear, Packing, StepInit, convert_, grid_linear_, sub_norm_
-from lowbits.quantizers import PerColumn, PerRow, QuantSpec
+from lowbits.quantizers import Asymmetric, PerColumn, PerRow, QuantSpec
 from tests.oracles import direct_quantized as oracle
 
 GRIDS = [Grid.of(8), Grid.of(4), Grid.of(2), Grid.of(1.58), Grid.of(1.58, Packing.FIVE)]
@@ -97,7 +97,9 @@ def test_a_token_that_is_not_finite_makes_its_row_not_finite_alone() -> None:
     assert layer()(torch.zeros(2, 40)).tolist() == torch.zeros(2, 24).tolist()
 
 
-@pytest.mark.parametrize("gradient", [QuantSpec(E5M2), QuantSpec(INT8, PerRow())], ids=str)
+@pytest.mark.parametrize(
+    "gradient", [QuantSpec(E5M2), QuantSpec(INT8, PerRow()), QuantSpec(INT8, PerRow(), Asymmetric())], ids=str
+)
 @pytest.mark.parametrize("execution", Execution)
 def test_rounded_gradients_enter_both_backward_gemms(gradient: QuantSpec, execution: Execution) -> None:
     """FP8 and int8 environments; on integer units dgrad is exact, so both executions agree to float32 rounding."""
@@ -110,6 +112,21 @@ def test_rounded_gradients_enter_both_backward_gemms(gradient: QuantSpec, execut
     plain = layer()
     plain(rows()).backward(g_hat)
     assert torch.equal(plain.weight.grad, net.weight.grad)  # type: ignore[arg-type]
+    empty = torch.zeros(0, 40, requires_grad=True)
+    net(empty).sum().backward()
+    assert empty.grad is not None and empty.grad.shape == (0, 40)
+
+
+def test_sums_may_be_as_long_as_int32_allows() -> None:
+    """What fills rows up to a multiple of 16 does not count."""
+    longest = (2**31 - 1) // 128**2
+    for length in (longest - 7, longest + 1):
+        net = grid_linear_(nn.Linear(length, 1, bias=False), GRIDS[0], execution=Execution.NATIVE)
+        if length <= longest:
+            assert net(torch.ones(2, length)).isfinite().all()
+        else:
+            with pytest.raises(NativeError, match="can overflow"):
+                net(torch.ones(2, length))
 
 
 def test_what_waits_for_backward_is_a_byte_an_activation() -> None:
