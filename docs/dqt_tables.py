@@ -149,7 +149,8 @@ def summary() -> str:
     found, runs = results("largest"), results("pretrain")
     if found is None or runs is None:
         return NONE
-    sizes = [f"{name} {row['parameters'] / 1e9:.1f}" for name, row in found["ways"].items() if "parameters" in row]
+    known = {name: row["parameters"] / 1e9 for name, row in found["ways"].items() if "parameters" in row}
+    sizes = [f"{name} {known[name]:.1f}" for name in sorted(known, key=known.__getitem__, reverse=True)]
     trained = max(run["parameters"] for run in runs["ways"].values()) / 1e9
     return (
         f"The largest Llama whose full training steps one H200 holds, billions of parameters: {'; '.join(sizes)}. Two "

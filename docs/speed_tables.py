@@ -120,6 +120,7 @@ def summary() -> str:
     rows, words = results("train_step")
     by = {(row["key"].split(",")[0], row["arm"]): row for row in rows if row["mode"] == "compiled"}
     widths, arms = (list(dict.fromkeys(key[i] for key in by)) for i in (0, 1))
+    arms.sort(key=lambda arm: by.get((widths[-1], arm), {}).get("over_bf16") or 0.0, reverse=True)
     told = [
         f"`{arm}` {' and '.join(shown(by.get((width, arm), {}), 'over_bf16') for width in widths)}"
         for arm in arms if arm != "bf16"
