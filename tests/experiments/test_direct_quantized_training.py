@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+from experiments.direct_quantized_training import gpu
 from experiments.direct_quantized_training.arms import ARMS
 from experiments.direct_quantized_training.cpu import LIKE, LOW, SEARCHED, checks
 from experiments.direct_quantized_training.model import LLAMA_130M, TINY, Llama, start_
@@ -55,3 +58,21 @@ def test_claims_follow_the_numbers() -> None:
     assert all(found.values())
     worse = {check.id: check.holds for check in checks({**arms, "dqt_8": result(2.7, 0.5)}, low, {})}
     assert not worse["T1c"] and not worse["R2"]
+
+
+def test_rates_that_the_search_did_not_choose_are_reported_apart(tmp_path: Path) -> None:
+    """The search is the short runs of its seed; longer ones of that seed choose nothing."""
+    told = {"setting": {}, "provenance": {"device": "test"}}
+    losses = {"dqt_8 0.003 100 2": 1.0, "dqt_8 0.001 100 2": 1.1, "dqt_8 0.001 100 8": 0.5, "bitnet 0.001 100 2": 1.0}
+    losses |= {"dqt_8 0.003 0 8": 0.9, "dqt_8 0.001 0 8": 0.7, "dqt_ternary 0.001 0 8": 0.8, "bitnet 0.001 0 8": 0.6}
+    for key, loss in losses.items():
+        run = {"val": loss, "val_ternary": 2.0, "finite": 1.0, "changed_at_peak": 0.5, "changed_at_end": 0.0}
+        (tmp_path / f"{key.replace(' ', '_')}.json").write_text(json.dumps({**told, "result": run}))
+    gpu.report([tmp_path], tmp_path / "results")
+    found = json.loads((tmp_path / "results" / "test" / "dqt_gpu.json").read_text())
+    assert found["runs"].keys() == losses.keys()
+    claims = {check["statement"]: (check["measured"], check["holds"]) for check in found["checks"]}
+    assert claims["8-bit codes beat ternary codes"][1] is False
+    later = "looked at afterwards: 8-bit codes at 0.001 beat"
+    assert claims[f"{later} ternary codes"] == ("dqt_8 0.700 ± 0.000, dqt_ternary 0.800 ± 0.000", True)
+    assert claims[f"{later} BitNet"][1] is False
